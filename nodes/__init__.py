@@ -1,0 +1,5 @@
+"""The nodes, in the order in which a video passes through them."""
+
+from . import basis, demo, invert, patch
+
+NODES = [*demo.NODES, *basis.NODES, *invert.NODES, *patch.NODES]

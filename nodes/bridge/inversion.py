@@ -1,0 +1,119 @@
+"""The inversion as a sampler: core's machinery runs it, and brings offloading, hooks, ControlNet, previews and cancelling."""
+
+from typing import Any, NamedTuple
+
+import comfy.model_management
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...stem.basis import BasisSettings
+from ...stem.ddim import inversion_input, inversion_update, noise_levels, start_latent
+from ...stem.trajectory import InversionSettings, Trajectory
+from .layout import Layout
+from .record import RECORD, BasisRecord
+from .self_attention import ContextChoice, patch_self_attention
+
+
+class Inversion(NamedTuple):
+    """What one run yields."""
+
+    latents: Tensor  # (f, c, height, width), inverted, in the scale of a LATENT
+    trajectory: Trajectory
+    record: BasisRecord  # empty where no bases were estimated
+
+
+def checked_latents(latents: dict[str, Any], model: ModelPatcher) -> Tensor:
+    """The samples (f, c, height, width) of a LATENT.
+
+    Raises:
+        ValueError: A video model's latents, no frames, or channels of another model family.
+    """
+    samples = latents["samples"]
+    needed = model.model.latent_format.latent_channels
+    if samples.ndim != 4:
+        raise ValueError(
+            f"latents of the shape {tuple(samples.shape)} found, needed are frames on the batch axis (frames, {needed}, "
+            "height, width). Encode the frames with the VAE of an image model."
+        )
+    if samples.shape[0] == 0 or 0 in samples.shape[2:]:
+        raise ValueError(f"latents hold no frames (shape {tuple(samples.shape)}). Connect the encoded frames of a clip.")
+    if samples.shape[1] != needed:
+        raise ValueError(
+            f"latents have {samples.shape[1]} channels, this model needs {needed}. Encode the frames with the model's own VAE."
+        )
+    return samples
+
+
+def invert(
+    model: ModelPatcher,
+    layout: Layout,
+    blocks: tuple[str, ...],
+    choice: ContextChoice | None,
+    samples: Tensor,
+    positive: list,
+    steps: int,
+    method: str,
+    basis: BasisSettings | None,
+) -> Inversion:
+    """Climbs from a clean video to the noise that it came from, with the conditional prediction alone.
+
+    Args:
+        model: Left as it is.
+        layout: Of the model.
+        blocks: Names of the blocks whose self-attention is chosen.
+        choice: What they attend to; None for each frame's own tokens.
+        samples: (f, c, height, width) of a LATENT.
+        positive: Source conditioning.
+        steps: 1 to 999.
+        method, basis: How, for the trajectory's record.
+
+    Raises:
+        ValueError: No conditioning, or steps out of range.
+    """
+    if not positive:
+        raise ValueError("positive is an empty conditioning. Connect the prompt that describes the source clip.")
+    levels = noise_levels(model.get_model_object("model_sampling").sigmas.cpu().float(), steps)
+    model = patch_self_attention(model, layout, blocks, choice)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": positive})
+    uuids = [cond["uuid"] for cond in guider.original_conds["positive"]]
+    record = BasisRecord(levels[1:], blocks, uuids)
+    model.model_options["transformer_options"][RECORD] = record
+    path = torch.empty((steps + 1, *samples.shape), dtype=torch.float32, device="cpu")
+    noisy = guider.sample(
+        torch.zeros_like(samples),
+        samples,
+        comfy.samplers.KSAMPLER(climb, {"path": path}),
+        levels,
+        callback=latent_preview.prepare_callback(model, steps),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=0,
+    )
+    settings = InversionSettings(method, steps, basis)
+    return Inversion(
+        noisy.to(comfy.model_management.intermediate_device()),
+        Trajectory(path, levels, positive, settings, layout.model),
+        record,
+    )
+
+
+def climb(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable: bool, path: Tensor) -> Tensor:
+    """A sampler function (k-diffusion's form) over rising sigmas (t+1,); fills `path` (t+1, ...) with the latents on the way.
+
+    Source: `stem.ddim.inversion_update`.
+    """
+    x = start_latent(x, sigmas)
+    path[0] = x
+    each = x.new_ones([len(x)])
+    for i in comfy.utils.model_trange(len(sigmas) - 1, disable=disable):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        source, destination = sigmas[i], sigmas[i + 1]
+        denoised = model(inversion_input(x, source, destination), destination * each, **extra_args)
+        x = inversion_update(x, denoised, source, destination)
+        path[i + 1] = x
+        callback({"x": x, "i": i, "sigma": destination, "sigma_hat": destination, "denoised": denoised})
+    return x

@@ -1,0 +1,96 @@
+"""Where a model's self-attention is: read from its blocks, for SD1.x, SD2.x and SDXL alike."""
+
+from typing import NamedTuple
+
+from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
+from comfy.model_patcher import ModelPatcher
+from comfy.model_sampling import V_PREDICTION, ModelSamplingDiscrete
+
+from ...stem.basis import BlockLayout, ModelFingerprint
+
+SIDES = ("input", "middle", "output")
+FITTING = "Use a checkpoint of SD1.x, SD2.x or SDXL."
+
+
+class Layout(NamedTuple):
+    """The self-attention blocks of one model, and what tells it from others."""
+
+    slots: tuple[tuple[str, int], ...]  # ("input", 1): core's key of a transformer, in the order of execution
+    model: ModelFingerprint
+
+
+def read_layout(model: ModelPatcher) -> Layout:
+    """Finds the self-attention blocks of a UNet.
+
+    Raises:
+        ValueError: The model is no image UNet with such blocks (says what it is), or does not sample over the thousand
+            discrete levels of Stable Diffusion.
+    """
+    unet = model.model.diffusion_model
+    family = type(model.model.model_config).__name__
+    what = f"{family} ({type(unet).__name__})"
+    sides = [getattr(unet, f"{side}_block{'' if side == 'middle' else 's'}", None) for side in SIDES]
+    if None in sides:
+        raise ValueError(f"this model is of the family {what}, which has no UNet blocks with self-attention. {FITTING}")
+    slots, blocks = [], []
+    for side, group in zip(SIDES, sides, strict=True):
+        for number, stage in enumerate([group] if side == "middle" else group):
+            for module in stage:
+                if isinstance(module, SpatialVideoTransformer):
+                    raise ValueError(f"this model is of the video family {what}, whose frames share attention. {FITTING}")
+                if isinstance(module, SpatialTransformer):
+                    slots.append((side, number))
+                    blocks += _blocks_of(module, side, number)
+    if not blocks:
+        raise ValueError(f"this model is of the family {what}; none of its blocks has self-attention. {FITTING}")
+    sampling = model.get_model_object("model_sampling")
+    if not isinstance(sampling, ModelSamplingDiscrete) or len(sampling.sigmas) != 1000:
+        raise ValueError(
+            f"this model samples by {type(sampling).__mro__[1].__name__}, not over a thousand discrete noise levels. {FITTING}"
+        )
+    prediction = "v" if isinstance(sampling, V_PREDICTION) else "eps"
+    return Layout(tuple(slots), ModelFingerprint(family, prediction, tuple(blocks)))
+
+
+def block_name(side: str, number: int, index: int) -> str:
+    """The name of one self-attention: "input_4", or "input_4_1" for the second one of a deeper transformer."""
+    return f"{side}_{number}" + (f"_{index}" if index else "")
+
+
+def choose_blocks(layout: Layout, choice: str) -> tuple[str, ...]:
+    """Names of the blocks that a user chose, in the order of execution.
+
+    Args:
+        layout: Of the model.
+        choice: "all", or names separated by commas: a side ("output"), a block ("output_4"), a range ("output_4-8").
+
+    Raises:
+        ValueError: A part of the choice names no block of this model.
+    """
+    names = [block.name for block in layout.model.blocks]
+    chosen = set()
+    for part in (p.strip() for p in choice.replace(";", ",").split(",") if p.strip()):
+        side, _, numbers = part.partition("_")
+        low, dash, high = numbers.partition("-")
+        if part == "all":
+            found = set(names)
+        elif not numbers:
+            found = {n for n in names if n.startswith(f"{side}_")}
+        elif dash and low.isdigit() and high.isdigit():
+            found = {n for n in names if n.split("_")[0] == side and int(low) <= int(n.split("_")[1]) <= int(high)}
+        else:
+            found = {n for n in names if n == part or n.startswith(f"{part}_")}
+        if not found:
+            raise ValueError(f'blocks names "{part}", which this model does not have. It has: {", ".join(names)}.')
+        chosen |= found
+    if not chosen:
+        raise ValueError('blocks is empty. Write "all", or names such as "output" or "output_4-8".')
+    return tuple(n for n in names if n in chosen)
+
+
+def _blocks_of(transformer: SpatialTransformer, side: str, number: int) -> list[BlockLayout]:
+    return [
+        BlockLayout(block_name(side, number, index), block.attn1.heads, block.attn1.dim_head)
+        for index, block in enumerate(transformer.transformer_blocks)
+        if not block.disable_self_attn
+    ]

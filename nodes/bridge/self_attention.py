@@ -1,0 +1,177 @@
+"""The attn1 replace patch: every frame of a call reads a context that may come from other frames, or from bases."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.model_management import throw_exception_if_processing_interrupted
+from comfy.model_patcher import ModelPatcher
+from einops import rearrange
+from torch import Tensor
+
+from ...stem.attention import all_frames, basis_context, first_previous, pool_tokens
+from ...stem.basis import Basis, BasisSettings, bases_at
+from ...stem.em import derive_seed, estimate_basis
+from .frames import frames_of_call
+from .layout import Layout, block_name
+from .record import RECORD
+
+PERCENT_RANGE = (0.0, 1.0)
+
+
+class Call(NamedTuple):
+    """One conditioning's part of one self-attention call."""
+
+    block: str
+    heads: int
+    sigma: float
+    frames: list[int]
+    uuid: object  # of the conditioning
+    options: dict  # core's extra_options
+
+
+class Context(NamedTuple):
+    """What a run of consecutive frames attends to: one context for all of them (1, m, c), or one each (f, m, c)."""
+
+    frames: int
+    k: Tensor
+    v: Tensor
+
+
+ContextChoice = Callable[[Tensor, Tensor, Call], Iterable[Context]]  # of keys and values (f, n, c)
+
+
+def first_and_previous_frame(k: Tensor, v: Tensor, call: Call) -> Iterator[Context]:
+    """Naive spatio-temporal attention: the first frame and the one before."""
+    yield Context(len(k), first_previous(k), first_previous(v))
+
+
+def every_frame(k: Tensor, v: Tensor, call: Call) -> Iterator[Context]:
+    """Inflated attention: all frames of the call."""
+    yield Context(len(k), all_frames(k)[:1], all_frames(v)[:1])
+
+
+@dataclass(frozen=True, eq=False)
+class EstimatedBases:
+    """STEM: bases estimated in the call itself, over all its frames or over groups of them."""
+
+    settings: BasisSettings
+
+    def __call__(self, k: Tensor, v: Tensor, call: Call) -> Iterator[Context]:
+        group = self.settings.frames_per_em or len(k)
+        for start in range(0, len(k), group):
+            keys, values = (pool_tokens(w[start : start + group], call.heads) for w in (k, v))
+            mu, nu = estimate_basis(
+                keys,
+                values,
+                num_bases=self.settings.num_bases,
+                iterations=self.settings.iterations,
+                temperature=self.settings.temperature,
+                seed=derive_seed(self.settings.seed, call.block, f"{call.sigma:.5g}", call.frames[start]),
+                check=throw_exception_if_processing_interrupted,
+            )
+            record = call.options.get(RECORD)
+            if record is not None:
+                record.add(call.block, call.sigma, call.uuid, call.frames[start], mu, nu)
+            yield Context(min(group, len(k) - start), basis_context(mu, 1), basis_context(nu, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class FixedBases:
+    """STEM with bases from before: every frame is treated alone, so that it does not matter which share a call."""
+
+    basis: Basis
+
+    def __call__(self, k: Tensor, v: Tensor, call: Call) -> Iterator[Context]:
+        mu, nu = (w.to(k) for w in bases_at(self.basis, call.block, call.sigma))
+        yield Context(len(k), basis_context(mu, 1), basis_context(nu, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class SelfAttentionPatch:
+    """The object in core's slot: the same one in every clone and run, so it holds nothing that changes."""
+
+    choice: ContextChoice
+    heads: dict[str, int]  # of the blocks that are patched
+    start_sigma: float
+    end_sigma: float
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
+        side, number = extra_options["block"][:2]
+        block = block_name(side, number, extra_options.get("block_index", 0))
+        sigma = float(extra_options["sigmas"][0])
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            precision = extra_options.get("attn_precision")
+            heads = extra_options.get("n_heads") or self.heads[block]
+            return optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=extra_options)
+
+        if block not in self.heads or not self.end_sigma <= sigma <= self.start_sigma:
+            return attend(q, k, v)
+        chunks, frames = frames_of_call(q, k, extra_options)
+        uuids = extra_options.get("uuids") or [None] * chunks
+        out = []
+        for q_, k_, v_, uuid in zip(q.chunk(chunks), k.chunk(chunks), v.chunk(chunks), uuids, strict=True):
+            start = 0
+            for context in self.choice(k_, v_, Call(block, self.heads[block], sigma, frames, uuid, extra_options)):
+                queries = q_[start : start + context.frames]
+                start += context.frames
+                if len(context.k) == len(queries):
+                    out.append(attend(queries, context.k, context.v))
+                else:  # one context for all: their queries are one long row, and nothing is copied
+                    row = attend(rearrange(queries, "f n c -> 1 (f n) c"), context.k, context.v)
+                    out.append(rearrange(row, "1 (f n) c -> f n c", f=len(queries)))
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def patch_self_attention(
+    model: ModelPatcher,
+    layout: Layout,
+    blocks: tuple[str, ...],
+    choice: ContextChoice | None,
+    percent: tuple[float, float] = PERCENT_RANGE,
+) -> ModelPatcher:
+    """A clone of the model whose blocks attend as chosen.
+
+    Args:
+        model: Left as it is; an earlier patch of this pack on it is replaced in the clone.
+        layout: Of the model.
+        blocks: Names of the blocks to patch.
+        choice: None removes an earlier patch of this pack.
+        percent: Part of the sampling during which the patch acts.
+
+    Raises:
+        ValueError: Another node's patch sits on one of the blocks: core has one place for each, and would drop one of the two.
+    """
+    model = model.clone()
+    placed = model.model_options["transformer_options"].get("patches_replace", {}).get("attn1", {})
+    for key in [key for key, patch in placed.items() if isinstance(patch, SelfAttentionPatch)]:
+        del placed[key]
+    if choice is None:
+        return model
+    heads = {block.name: block.heads for block in layout.model.blocks if block.name in blocks}
+    slots = [slot for slot in layout.slots if any(_in_slot(block, slot) for block in blocks)]
+    for slot in slots:
+        for key, patch in placed.items():
+            if key[:2] == slot:
+                raise ValueError(
+                    f"the self-attention of block {slot[0]}_{slot[1]} is already replaced by {_origin(patch)}, and ComfyUI has "
+                    "one place for it. Leave this block out of `blocks`, or take the other node off this model."
+                )
+    sampling = model.get_model_object("model_sampling")
+    start, end = (float(sampling.percent_to_sigma(p)) for p in percent)
+    patch = SelfAttentionPatch(choice, heads, start, end)
+    for side, number in slots:
+        model.set_model_attn1_replace(patch, side, number)
+    return model
+
+
+def _in_slot(block: str, slot: tuple[str, int]) -> bool:
+    return block.split("_")[:2] == [slot[0], str(slot[1])]
+
+
+def _origin(patch: object) -> str:
+    kind = patch if hasattr(patch, "__qualname__") else type(patch)
+    return f"{kind.__qualname__} of {kind.__module__}"

@@ -1,0 +1,126 @@
+"""Finding the noise that a video came from."""
+
+from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
+
+from ..stem.basis import Basis, BasisSettings, check_basis
+from .bridge.inversion import Inversion, checked_latents, invert
+from .bridge.layout import choose_blocks, read_layout
+from .bridge.self_attention import EstimatedBases, FixedBases, every_frame, first_and_previous_frame
+from .settings import (
+    CATEGORY,
+    blocks_input,
+    em_iterations_input,
+    frames_per_em_input,
+    named,
+    num_bases_input,
+    seed_input,
+    steps_input,
+    temperature_input,
+)
+from .types import StemBasis, StemTrajectory
+
+BASELINES = {"ddim": None, "first_previous": first_and_previous_frame, "all_frames": every_frame}
+
+
+class STEMInvertLatents(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="STEMInvertLatents",
+            display_name="STEM Invert Latents",
+            category=CATEGORY,
+            description="Finds the noise that a video came from. Sampling from that noise with the same prompt gives the clip "
+            "back; with another prompt it gives an edited one.",
+            search_aliases=["video inversion", "ddim inversion", "unsampler", "noise inversion", "stem inversion"],
+            inputs=[
+                io.Model.Input("model", tooltip="An image model (SD1.x, SD2.x, SDXL) with any LoRA or motion module on it."),
+                io.Latent.Input("latents", tooltip="All frames of the clip, from VAE Encode. A noise mask is not used."),
+                io.Conditioning.Input(
+                    "positive", tooltip="Prompt that describes the source clip; any ControlNet applied to it acts on the way."
+                ),
+                StemBasis.Input(
+                    "basis",
+                    optional=True,
+                    tooltip="Fixed bases from STEM Basis Estimate: every frame is then inverted on its own against them. Without "
+                    "it the bases are estimated from all frames together.",
+                ),
+                steps_input(),
+                io.Combo.Input(
+                    "method",
+                    options=["stem", *BASELINES],
+                    default="stem",
+                    tooltip="What each frame's self-attention reads. stem: bases of the whole video. ddim: the frame alone, as in "
+                    "plain DDIM inversion. first_previous: the first and the previous frame. all_frames: every frame, slow.",
+                ),
+                num_bases_input(),
+                em_iterations_input(),
+                seed_input(),
+                temperature_input(),
+                blocks_input(),
+                frames_per_em_input(),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    display_name="latents",
+                    tooltip="The inverted noise, for a sampler that adds none and starts at the first of the SIGMAS.",
+                ),
+                io.Sigmas.Output(display_name="sigmas", tooltip="Noise levels for sampling from this noise, highest first."),
+                StemTrajectory.Output(display_name="trajectory", tooltip="The latents of every noise level, for the editors."),
+                StemBasis.Output(
+                    display_name="basis", tooltip="The bases that were used (method stem), for STEM Patch Model."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        latents,
+        positive,
+        steps,
+        method,
+        num_bases,
+        em_iterations,
+        seed,
+        temperature,
+        blocks,
+        frames_per_em,
+        basis=None,
+    ) -> io.NodeOutput:
+        with named(cls):
+            samples = checked_latents(latents, model)
+            layout = read_layout(model)
+            names = choose_blocks(layout, blocks)
+            settings = None
+            if method != "stem":
+                if basis is not None:
+                    raise ValueError(f'a basis is connected, which method "{method}" does not read. Choose stem, or unplug it.')
+                choice = BASELINES[method]
+            elif basis is not None:
+                check_basis(basis, layout.model, names)
+                settings, choice = basis.settings, FixedBases(basis)
+            else:
+                settings = BasisSettings(num_bases, em_iterations, temperature, seed, frames_per_em)
+                choice = EstimatedBases(settings)
+            run = invert(model, layout, names, choice, samples, positive, steps, method, settings)
+        if basis is None:
+            basis = _recorded_basis(run, method, len(samples))
+        kept = {name: value for name, value in latents.items() if name != "noise_mask"}
+        return io.NodeOutput(
+            {**kept, "samples": run.latents}, run.trajectory.sigmas.flip(0), run.trajectory, basis
+        )
+
+
+def _recorded_basis(run: Inversion, method: str, frames: int) -> Basis | ExecutionBlocker:
+    """The bases of the run, or what is said to a node that asks for them although there are none."""
+    if method != "stem":
+        return ExecutionBlocker(f"STEMInvertLatents: method {method} has no basis. Choose stem, or unplug this output.")
+    try:
+        return run.record.basis(tuple(range(frames)), frames, run.trajectory.settings.basis, run.trajectory.model)
+    except ValueError as error:
+        return ExecutionBlocker(f"STEMInvertLatents: {error}")
+
+
+NODES = [STEMInvertLatents]

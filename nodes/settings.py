@@ -1,0 +1,94 @@
+"""Inputs that several nodes have in common, and the check that names the node in an error."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from comfy_api.latest import io
+
+CATEGORY = "video/STEM"
+
+
+@contextmanager
+def named(node: type[io.ComfyNode]) -> Iterator[None]:
+    """Puts the node's id in front of an error about its inputs."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{node.define_schema().node_id}: {error}") from error
+
+
+def steps_input() -> io.Int.Input:
+    return io.Int.Input(
+        "steps",
+        default=50,
+        min=1,
+        max=999,
+        tooltip="Noise levels to climb. 50 is what the papers use; sample with the SIGMAS that come out. More steps give the "
+        "clip back more exactly and take longer.",
+    )
+
+
+def num_bases_input() -> io.Int.Input:
+    return io.Int.Input(
+        "num_bases",
+        default=256,
+        min=1,
+        max=4096,
+        tooltip="How many bases stand for the whole video, for each attention head. 256 is the paper's number. Not used with a "
+        "connected basis.",
+    )
+
+
+def em_iterations_input() -> io.Int.Input:
+    return io.Int.Input(
+        "em_iterations",
+        default=5,
+        min=1,
+        max=100,
+        tooltip="Rounds of expectation maximisation that refine the bases. 5 is the paper's number. Not used with a connected "
+        "basis.",
+    )
+
+
+def seed_input() -> io.Int.Input:
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=0xFFFFFFFFFFFFFFFF,
+        tooltip="Where the bases start from. The same seed gives the same bases on every device.",
+    )
+
+
+def temperature_input() -> io.Float.Input:
+    return io.Float.Input(
+        "temperature",
+        default=0.01,
+        min=0.0001,
+        max=100.0,
+        step=0.001,
+        round=False,
+        advanced=True,
+        tooltip="How softly a token is shared among bases. The paper's 0.01 gives nearly every token to a single basis.",
+    )
+
+
+def blocks_input() -> io.String.Input:
+    return io.String.Input(
+        "blocks",
+        default="all",
+        advanced=True,
+        tooltip='Self-attention blocks to act on: "all", or names separated by commas, such as "output" or "input_4, output_4-8".',
+    )
+
+
+def frames_per_em_input() -> io.Int.Input:
+    return io.Int.Input(
+        "frames_per_em",
+        default=0,
+        min=0,
+        max=4096,
+        advanced=True,
+        tooltip="Frames that share one set of bases: 0 = all frames of the clip, as the paper describes it; 8 = what its official "
+        "code does.",
+    )

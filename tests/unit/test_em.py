@@ -1,0 +1,321 @@
+"""EM against its equations written with loops, for every block size, precision and shape."""
+
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stem.em import derive_seed, estimate_basis, initial_bases
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def tokens(heads, n, d, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(heads, n, d, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)]
+
+
+def clustered(heads=2, n=500, d=16, m=12, seed=0, dtype=torch.float64):
+    """Keys around m directions far from each other, and bases near them: no two bases contend for a token."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    centres = 3 * torch.linalg.qr(draw(heads, d, d))[0][:, :m]
+    keys = centres[:, torch.arange(n) % m] + 0.2 * draw(heads, n, d)
+    initial = centres + 0.2 * draw(heads, m, d)
+    return [x.to(dtype) for x in (keys, draw(heads, n, d), initial)]
+
+
+def em_by_the_book(keys, values, mu, iterations, temperature):
+    """The equations, token by token and basis by basis, in float64."""
+    keys, values, mu = keys.double(), values.double(), mu.double().clone()
+    nu = torch.empty_like(mu)
+    for head, (k, v) in enumerate(zip(keys, values, strict=True)):
+        for _ in range(iterations):
+            unit = torch.stack([b / (b.pow(2).sum().sqrt() + 1e-4) for b in mu[head]])
+            z = torch.stack([torch.softmax(unit @ token / temperature, dim=0) for token in k])
+            for j in range(mu.shape[1]):
+                mass = z[:, j].sum() + 1e-4
+                mu[head, j] = (z[:, j, None] * k).sum(0) / mass
+                nu[head, j] = (z[:, j, None] * v).sum(0) / mass
+    return mu, nu
+
+
+def difference(found, expected):
+    return max((a.double() - b.double()).abs().max().item() for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("method", ["dense", "blockwise", "auto"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_defaults_are_the_equations_of_the_paper(method, dtype):
+    keys, values, initial = clustered(dtype=dtype)
+    found = estimate_basis(keys, values, 12, initial=initial, method=method)
+    assert found[0].dtype == found[1].dtype == dtype
+    assert (
+        difference(found, em_by_the_book(keys, values, initial, iterations=5, temperature=0.01))
+        < TOLERANCE[dtype]
+    )
+
+
+@pytest.mark.parametrize("method", ["dense", "blockwise"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_every_iteration_is_that_of_the_equations(method, dtype):
+    keys, values = tokens(2, 150, 8, dtype=dtype)
+    initial = initial_bases(keys, 20, seed=3)
+    expected = [em_by_the_book(keys, values, initial, i, temperature=0.3) for i in (1, 2, 5, 6)]
+    assert min(difference(x, y) for x, y in pairwise(expected)) > 1e-2
+    for iterations, numbers in zip((1, 2, 5), expected[:3], strict=True):
+        found = estimate_basis(keys, values, 20, iterations, 0.3, initial, method=method, block_tokens=40)
+        assert difference(found, numbers) < TOLERANCE[dtype]
+
+
+def test_one_iteration_is_the_equations_where_many_bases_contend_for_a_token():
+    keys, values = tokens(3, 120, 40)
+    initial = initial_bases(keys, 64, seed=3)
+    found = estimate_basis(keys, values, 64, 1, 0.01, initial, block_tokens=50)
+    assert difference(found, em_by_the_book(keys, values, initial, 1, 0.01)) < 1e-12
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    dtype=st.sampled_from(list(TOLERANCE)),
+    heads=st.integers(1, 4),
+    n=st.integers(1, 200),
+    d=st.sampled_from([12, 13, 40]),
+    block=st.integers(1, 220),
+    seed=st.integers(0, 1000),
+)
+def test_every_block_size_gives_the_dense_numbers(dtype, heads, n, d, block, seed):
+    keys, values, initial = clustered(heads, n, d, 12, seed, dtype)
+    dense = estimate_basis(keys, values, 12, 5, initial=initial, method="dense")
+    blockwise = estimate_basis(keys, values, 12, 5, initial=initial, method="blockwise", block_tokens=block)
+    assert difference(blockwise, dense) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("block", [1, 7, 64, 1000, 4096])
+def test_block_sizes_agree_in_one_iteration_on_any_keys(dtype, block):
+    keys, values = tokens(2, 1000, 40, dtype=dtype)
+    dense = estimate_basis(keys, values, 32, 1, method="dense")
+    assert difference(estimate_basis(keys, values, 32, 1, block_tokens=block), dense) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("method", ["dense", "blockwise"])
+def test_order_of_tokens_does_not_matter(method):
+    keys, values, initial = clustered()
+    order = torch.randperm(keys.shape[1], generator=torch.Generator().manual_seed(1))
+    shuffled = estimate_basis(
+        keys[:, order], values[:, order], 12, initial=initial, method=method, block_tokens=60
+    )
+    assert difference(shuffled, estimate_basis(keys, values, 12, initial=initial, method=method)) < 1e-12
+
+
+def test_heads_are_estimated_apart():
+    keys, values, initial = clustered(heads=3)
+    together = estimate_basis(keys, values, 12, initial=initial)
+    for h in range(3):
+        alone = estimate_basis(keys[h : h + 1], values[h : h + 1], 12, initial=initial[h : h + 1])
+        assert difference([x[h : h + 1] for x in together], alone) < 1e-12
+
+
+def test_bases_of_clusters_are_their_means():
+    keys, values, initial = clustered(n=600, m=12)
+    mu, nu = estimate_basis(keys, values, 12, initial=initial)
+    for found, x in ((mu, keys), (nu, values)):
+        means = x.unflatten(1, (50, 12)).sum(1) / (50 + 1e-4)
+        torch.testing.assert_close(found, means, rtol=0, atol=1e-9)
+
+
+def test_a_basis_without_tokens_becomes_zero_and_stays_so():
+    keys, values, initial = clustered(m=11)
+    opposite = -initial.sum(1, keepdim=True)
+    for iterations in (1, 5):
+        mu, nu = estimate_basis(keys, values, 12, iterations, initial=torch.cat([initial, opposite], dim=1))
+        assert mu[:, 11].abs().max() < 1e-12 and nu[:, 11].abs().max() < 1e-12
+        assert mu[:, :11].norm(dim=-1).min() > 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", ["dense", "blockwise"])
+def test_half_precision_is_worked_on_in_float32_and_rounded_at_the_end(dtype, method):
+    keys, values, initial = clustered(dtype=dtype)
+    found = estimate_basis(keys, values, 12, initial=initial, method=method, block_tokens=64)
+    exact = em_by_the_book(keys, values, initial, 5, 0.01)
+    for x, expected in zip(found, exact, strict=True):
+        assert x.dtype == dtype
+        torch.testing.assert_close(x.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_half_precision_sums_do_not_overflow():
+    keys = torch.full((1, 70_000, 1), 2.0, dtype=torch.float16)  # their sum, 140,000, is beyond float16
+    mu, nu = estimate_basis(keys, 3 * keys, 1, initial=torch.ones(1, 1, 1))
+    assert mu.item() == 2 and nu.item() == 6
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_fewer_tokens_than_bases(n):
+    keys, values = tokens(2, n, 8)
+    initial = initial_bases(keys, 32, seed=0)
+    found = estimate_basis(keys, values, 32)
+    assert difference(found, em_by_the_book(keys, values, initial, 5, 0.01)) < 1e-12
+
+
+def test_constant_keys_give_equal_bases():
+    """No spread, no difference between bases: each takes an equal part of the tokens, and their mean."""
+    key = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    keys = key.expand(1, 40, 3)
+    values = torch.arange(40, dtype=torch.float64)[None, :, None].expand(1, 40, 3)
+    mu, nu = estimate_basis(keys, values, 4)
+    torch.testing.assert_close(mu, (key * 10 / (10 + 1e-4)).expand(1, 4, 3))
+    torch.testing.assert_close(nu, torch.full_like(nu, 19.5 * 10 / (10 + 1e-4)))
+
+
+def test_first_bases_have_mean_and_spread_of_the_keys():
+    keys = 3 * tokens(1, 500, 4)[0] + torch.tensor([5.0, 0, -5, 1])
+    bases = initial_bases(keys, 40_000, seed=0)
+    torch.testing.assert_close(bases.mean(1), keys.mean(1), rtol=0, atol=0.08)
+    torch.testing.assert_close(bases.std(1), keys.std(1), rtol=0.02, atol=0)
+
+
+def test_spread_is_that_of_a_sample_and_nothing_for_one_token():
+    keys = torch.tensor([[[1.0], [3.0]]], dtype=torch.float64)  # mean 2, std sqrt(2) with n - 1
+    g = torch.randn(1, 6, 1, generator=torch.Generator().manual_seed(9)).double()
+    torch.testing.assert_close(initial_bases(keys, 6, seed=9), 2 + 2**0.5 * g)
+    assert (initial_bases(keys[:, :1], 6, seed=9) == 1).all()
+
+
+def test_the_draw_is_the_same_for_every_precision():
+    keys = tokens(2, 50, 8, dtype=torch.float16)[0]
+    half, single, double = (
+        initial_bases(keys.to(t), 16, 4) for t in (torch.float16, torch.float32, torch.float64)
+    )
+    assert half.dtype == torch.float32 and half.equal(single)
+    torch.testing.assert_close(double.float(), single)
+
+
+def test_the_seed_decides_and_the_global_generator_is_left_alone():
+    keys, values = tokens(1, 60, 8)
+    before = torch.get_rng_state()
+    first, again, other = (estimate_basis(keys, values, 16, seed=seed)[0] for seed in (1, 1, 2))
+    assert torch.get_rng_state().equal(before)
+    assert first.equal(again) and not torch.allclose(first, other)
+    assert first.equal(estimate_basis(keys, values, 16, initial=initial_bases(keys, 16, 1))[0])
+
+
+def test_inputs_are_not_changed_and_may_be_views():
+    x = torch.randn(4, 30, 2 * 8, generator=torch.Generator().manual_seed(0))
+    keys = x.unflatten(-1, (2, 8)).permute(2, 0, 1, 3).flatten(1, 2)
+    before, initial = keys.clone(), initial_bases(keys, 8, 0)
+    start = initial.clone()
+    estimate_basis(keys, keys, 8, initial=initial, block_tokens=16)
+    assert keys.equal(before) and initial.equal(start)
+
+
+def test_works_in_inference_mode_and_keeps_no_graph():
+    keys, values = tokens(1, 40, 8)
+    expected = estimate_basis(keys.requires_grad_(), values, 8)
+    assert not expected[0].requires_grad
+    with torch.inference_mode():
+        assert difference(estimate_basis(keys * 1, values * 1, 8), expected) == 0
+
+
+@pytest.mark.parametrize("method, calls", [("dense", 3), ("blockwise", 3 * 4)])
+def test_a_host_is_asked_before_every_block_and_can_stop_it(method, calls):
+    keys, values = tokens(1, 31, 8)
+    asked = []
+    estimate_basis(keys, values, 4, 3, method=method, block_tokens=8, check=lambda: asked.append(1))
+    assert len(asked) == calls
+
+    def cancel():
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        estimate_basis(keys, values, 4, check=cancel)
+
+
+def test_blockwise_never_holds_the_responsibilities_of_the_whole_video():
+    keys, values = tokens(1, 3000, 8)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            largest = max(
+                [largest, *(x.numel() for x in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(x))]
+            )
+            return out
+
+    sizes = {}
+    for method in ("dense", "blockwise"):
+        with Watch():
+            estimate_basis(keys, values, 32, method=method, block_tokens=100)
+        sizes[method], largest = largest, 0
+    assert sizes["dense"] >= 3000 * 32 and sizes["blockwise"] <= keys.numel()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("which", ["keys", "values", "initial"])
+@pytest.mark.parametrize("num_bases", [1, 4])
+def test_input_that_is_not_finite_is_named(bad, which, num_bases):
+    keys, values = tokens(1, 30, 8)
+    tensors = {"keys": keys, "values": values, "initial": initial_bases(keys, num_bases, 0)}
+    tensors[which][0, -1, 3] = bad
+    with pytest.raises(ValueError, match=f"^{which} hold NaN or infinity"):
+        estimate_basis(**tensors, num_bases=num_bases, block_tokens=7)
+
+
+def test_sums_that_overflow_are_an_error():
+    keys = torch.full((1, 40, 2), 3e38)
+    with pytest.raises(ValueError, match="overflow"):
+        estimate_basis(keys, keys, 1, initial=torch.ones(1, 1, 2))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"keys": torch.zeros(30, 8)}, r"keys have the shape \(30, 8\)"),
+        ({"keys": torch.zeros(2, 0, 8)}, r"none of them 0"),
+        ({"values": torch.zeros(2, 29, 8)}, r"values have the shape \(2, 29, 8\).*\(2, 30, 8\)"),
+        ({"values": torch.zeros(2, 30, 8, dtype=torch.float16)}, "values torch.float16"),
+        ({"keys": torch.zeros(2, 30, 8).int(), "values": torch.zeros(2, 30, 8).int()}, "floating-point"),
+        ({"num_bases": 0}, "num_bases is 0"),
+        ({"iterations": 0}, "iterations is 0"),
+        ({"block_tokens": 0}, "block_tokens is 0"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"initial": torch.zeros(2, 5, 8)}, r"initial has the shape \(2, 5, 8\).*\(2, 4, 8\)"),
+        ({"method": "fast"}, 'method is "fast"'),
+    ],
+)
+def test_arguments_that_do_not_fit_are_told(change, message):
+    arguments = {"keys": torch.zeros(2, 30, 8), "values": torch.zeros(2, 30, 8), "num_bases": 4}
+    with pytest.raises(ValueError, match=message):
+        estimate_basis(**(arguments | change))
+
+
+def test_derived_seeds_tell_blocks_levels_and_windows_apart():
+    seeds = {
+        derive_seed(seed, block, level, window)
+        for seed in (0, 1)
+        for block in ("input_1", "input_11", "output_1")
+        for level in range(12)
+        for window in range(3)
+    }
+    assert len(seeds) == 2 * 3 * 12 * 3 and all(0 <= seed < 2**63 for seed in seeds)
+    assert len({derive_seed(1, 23), derive_seed(12, 3), derive_seed(1, "23"), derive_seed(1, 2, 3)}) == 4
+
+
+def test_derived_seeds_are_equal_in_every_process():
+    code = "from stem.em import derive_seed; print(derive_seed(7, 'output_11', 3, 0))"
+    run = lambda salt: subprocess.run(  # noqa: E731
+        [sys.executable, "-c", code],
+        env={"PYTHONHASHSEED": salt, "PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(run("1").stdout) == int(run("2").stdout) == derive_seed(7, "output_11", 3, 0)

@@ -1,0 +1,338 @@
+"""A real ComfyUI for tests, benchmarks and the demo: in this process (`start`) or as a server (`Server`).
+
+`python -m tools.comfy` runs a server in the foreground; what follows goes to ComfyUI (default: --port 8188).
+"""
+
+import asyncio
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from tools import bootstrap
+
+ALIAS = "stem_video_inversion"
+Graph = dict[str, dict[str, Any]]  # API format: node id -> {"class_type": .., "inputs": ..}
+
+
+class GraphError(Exception):
+    """A graph was refused, or failed while it ran."""
+
+    def __init__(self, message: str, node_id: str | None = None, class_type: str | None = None):
+        super().__init__(f"{class_type} (node {node_id}): {message}" if node_id else message)
+        self.message, self.node_id, self.class_type = message, node_id, class_type
+
+
+class GraphInterrupted(GraphError):
+    """A graph was cancelled while it ran."""
+
+
+class ServerError(Exception):
+    """The server did not start, died, or did not understand a request."""
+
+
+class Progress(NamedTuple):
+    node_id: str
+    class_type: str
+    value: float
+    maximum: float
+
+
+# -------------------------------------------------------------------------------------------- in this process
+
+
+def start(argv: Sequence[str] = ("--cpu",)) -> ModuleType:
+    """Make ComfyUI importable in this process and return the pack, loaded by path as ComfyUI does.
+
+    Args:
+        argv: ComfyUI's options, read once: a second call returns the same pack whatever it is given.
+    """
+    if ALIAS in sys.modules:
+        return sys.modules[ALIAS]
+    where = installed()
+    put_first(where.comfyui)
+    own, sys.argv = sys.argv, ["main.py", "--base-directory", str(where.base_directory), *argv]
+    try:
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import comfy.cli_args  # reads sys.argv while it is imported
+    finally:
+        sys.argv = own
+    return load_pack(bootstrap.ROOT)
+
+
+def installed() -> bootstrap.Locations:
+    where = bootstrap.locations()
+    if not (where.comfyui / "main.py").is_file():
+        raise bootstrap.SetupError(f"There is no ComfyUI at {where.comfyui}. Run make setup.")
+    bootstrap.make_base_directory(where.base_directory)
+    return where
+
+
+def put_first(comfyui: Path) -> None:
+    """Put ComfyUI before all on sys.path and the checkout behind all: both have a top-level `nodes`."""
+    root = bootstrap.ROOT
+    taken = getattr(sys.modules.get("nodes"), "__file__", None)
+    if taken and Path(taken).resolve().is_relative_to(root):
+        raise ImportError(
+            f"{taken} was imported as `nodes`, which is ComfyUI's name. Import it through start()."
+        )
+    others = [entry for entry in sys.path if Path(entry).resolve() not in (root, comfyui.resolve())]
+    sys.path[:] = [str(comfyui), *others, str(root)]
+
+
+def load_pack(root: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        ALIAS, root / "__init__.py", submodule_search_locations=[str(root)]
+    )
+    pack = importlib.util.module_from_spec(spec)
+    sys.modules[ALIAS] = pack
+    try:
+        spec.loader.exec_module(pack)
+    except BaseException:
+        del sys.modules[ALIAS]
+        raise
+    return pack
+
+
+# --------------------------------------------------------------------------------------------------- a server
+
+
+def command_line(where: bootstrap.Locations) -> list[str]:
+    """ComfyUI's main.py with this pack and no other."""
+    return [
+        str(where.python),
+        str(where.comfyui / "main.py"),
+        *("--base-directory", str(where.base_directory)),
+        *("--disable-all-custom-nodes", "--whitelist-custom-nodes", bootstrap.PACK),
+        "--disable-auto-launch",
+        "--disable-api-nodes",
+    ]
+
+
+class Server:
+    """A ComfyUI server with this pack, for the time of a `with` block.
+
+    User data and temporary files are its own, so several servers of one checkout can run at a time; input and
+    output folders are those of the base directory.
+
+    Args:
+        argv: further options of ComfyUI.
+        port: None for a free one.
+    Raises:
+        ServerError: it does not come up; with the end of its log.
+    """
+
+    def __init__(self, argv: Sequence[str] = ("--cpu",), port: int | None = None, patience: float = 180):
+        self.where = installed()
+        self.argv, self.port, self.patience = argv, free_port(port or 0), patience
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.log = self.where.base_directory / "logs" / f"server-{self.port}.log"
+        self.input_directory = self.where.base_directory / "input"
+        self.output_directory = self.where.base_directory / "output"
+
+    def __enter__(self) -> "Server":
+        self._own = tempfile.TemporaryDirectory(prefix="stem-server-", ignore_cleanup_errors=True)
+        own_options = ["--temp-directory", self._own.name, "--user-directory", self._own.name]
+        own_options += ["--database-url", "sqlite:///:memory:", "--port", str(self.port)]
+        self.log.parent.mkdir(exist_ok=True)
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*command_line(self.where), *own_options, *self.argv],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_up()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the server and all that it started."""
+        bootstrap.end_process(self._process)
+        self._own.cleanup()
+
+    def get(self, path: str) -> Any:
+        """GET a path; returns the parsed JSON, or the body as bytes when it is none."""
+        return self._request(path)
+
+    def post(self, path: str, body: Any) -> Any:
+        """POST a body as JSON; returns as `get` does."""
+        return self._request(path, json.dumps(body).encode())
+
+    def object_info(self) -> dict[str, dict]:
+        return self.get("/object_info")
+
+    def queue(self, graph: Graph, client_id: str | None = None) -> str:
+        """Queue a graph; returns its prompt id.
+
+        Raises:
+            GraphError: ComfyUI refuses it, in whole or in part.
+        """
+        answer = self.post("/prompt", {"prompt": graph} | ({"client_id": client_id} if client_id else {}))
+        if answer["node_errors"]:  # some outputs are valid and were queued all the same
+            self.post("/queue", {"delete": [answer["prompt_id"]]})
+            self.interrupt(answer["prompt_id"])
+            raise refusal(answer)
+        return answer["prompt_id"]
+
+    def run(
+        self, graph: Graph, on_progress: Callable[[Progress], None] | None = None, timeout: float = 600
+    ) -> dict:
+        """Queue a graph and wait for its end; returns its entry in the history, "outputs" naming the files.
+
+        Args:
+            on_progress: called when a node begins (value 0 of 1) and at each of its steps.
+        Raises:
+            GraphError: it was refused or failed. GraphInterrupted: it was cancelled.
+            TimeoutError: it took longer than `timeout` seconds; it is cancelled.
+        """
+        if on_progress is None:
+            return self.wait(self.queue(graph), timeout)
+        return asyncio.run(self._run(graph, on_progress, timeout))
+
+    def wait(self, prompt_id: str, timeout: float = 600) -> dict:
+        """Wait for a queued graph; returns and raises as `run`."""
+        end = time.monotonic() + timeout
+        while not (entry := self.get(f"/history/{prompt_id}").get(prompt_id)):
+            if time.monotonic() > end:
+                raise self._late(prompt_id, timeout)
+            time.sleep(0.1)
+        for kind, event in entry["status"]["messages"]:
+            if kind == "execution_interrupted":
+                raise GraphInterrupted("interrupted", event["node_id"], event["node_type"])
+            if kind == "execution_error":
+                raise GraphError(event["exception_message"].strip(), event["node_id"], event["node_type"])
+        return entry
+
+    def interrupt(self, prompt_id: str | None = None) -> None:
+        """Cancel the graph that runs, or this one if it runs."""
+        self.post("/interrupt", {"prompt_id": prompt_id} if prompt_id else {})
+
+    def log_tail(self, lines: int = 40) -> str:
+        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+    async def _run(self, graph: Graph, on_progress: Callable[[Progress], None], timeout: float) -> dict:
+        import aiohttp  # ComfyUI brings it
+
+        client_id = uuid.uuid4().hex
+        end = time.monotonic() + timeout
+        async with aiohttp.ClientSession() as session:
+            async with session.ws_connect(
+                f"{self.address}/ws?clientId={client_id}", max_msg_size=0
+            ) as events:
+                prompt_id = self.queue(graph, client_id)
+                while True:
+                    try:
+                        message = await asyncio.wait_for(events.receive(), max(end - time.monotonic(), 0))
+                    except asyncio.TimeoutError:  # not the builtin before Python 3.11
+                        raise self._late(prompt_id, timeout) from None
+                    if message.type in (aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR):
+                        raise ServerError(f"The server broke off. The end of {self.log}:\n{self.log_tail()}")
+                    if message.type != aiohttp.WSMsgType.TEXT:  # a preview
+                        continue
+                    event = json.loads(message.data)
+                    kind, data = event["type"], event["data"]
+                    if data.get("prompt_id") != prompt_id or kind not in ("executing", "progress"):
+                        continue
+                    if (node_id := data["node"]) is None:
+                        return self.wait(prompt_id, max(end - time.monotonic(), 1))
+                    class_type = graph.get(node_id, {}).get("class_type", "")
+                    on_progress(Progress(node_id, class_type, data.get("value", 0), data.get("max", 1)))
+
+    def _late(self, prompt_id: str, timeout: float) -> TimeoutError:
+        self.interrupt(prompt_id)
+        return TimeoutError(
+            f"The graph was not done after {timeout:.0f} s and was cancelled. See {self.log}."
+        )
+
+    def _wait_until_up(self) -> None:
+        end = time.monotonic() + self.patience
+        while time.monotonic() < end:
+            if self._process.poll() is not None:
+                raise ServerError(
+                    f"ComfyUI ended with code {self._process.returncode} while it started. "
+                    f"The end of {self.log}:\n{self.log_tail()}"
+                )
+            try:
+                self.get("/system_stats")
+                return
+            except urllib.error.URLError:
+                time.sleep(0.25)
+        raise ServerError(f"No answer in {self.patience:.0f} s. The end of {self.log}:\n{self.log_tail()}")
+
+    def _request(self, path: str, body: bytes | None = None) -> Any:
+        request = urllib.request.Request(self.address + path, body, {"Content-Type": "application/json"})
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with direct.open(request, timeout=60) as response:
+                kind, content = response.headers.get_content_type(), response.read()
+        except urllib.error.HTTPError as error:
+            content = error.read()
+            if path == "/prompt" and error.code == 400:
+                raise refusal(json.loads(content)) from None
+            raise ServerError(
+                f"{path}: HTTP {error.code}: {content[:500].decode(errors='replace')}"
+            ) from None
+        return json.loads(content) if kind == "application/json" else content
+
+
+def refusal(answer: dict) -> GraphError:
+    """The error of a graph that did not pass validation: the first node at fault, what is wrong with all."""
+    faults = [
+        (node_id, node["class_type"], f"{error['message']}: {error['details']}")
+        for node_id, node in answer["node_errors"].items()
+        for error in node["errors"]
+    ]
+    if not faults:
+        return GraphError(f"{answer['error']['message']}: {answer['error']['details']}")
+    (node_id, class_type, first), *others = faults
+    rest = [f"{other_type} (node {other_id}): {message}" for other_id, other_type, message in others]
+    return GraphError("\n".join([first, *rest]), node_id, class_type)
+
+
+def free_port(port: int) -> int:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ServerError(
+                f"Port {port} cannot be used ({error}). End what uses it, or choose another."
+            ) from error
+        return probe.getsockname()[1]
+
+
+def serve(argv: Sequence[str]) -> None:
+    """Become a ComfyUI server with this pack, on the GPU if there is one."""
+    import torch
+
+    where = installed()
+    database = f"sqlite:///{where.base_directory / 'user' / 'comfyui.db'}"
+    device = () if torch.accelerator.is_available() else ("--cpu",)
+    os.execv(
+        where.python,
+        [*command_line(where), "--database-url", database, *device, *(argv or ("--port", "8188"))],
+    )
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1:])

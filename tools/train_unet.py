@@ -1,0 +1,225 @@
+"""Trains the demo model's UNet and text encoder together, on latents of a finished VAE.
+
+    python -m tools.train_unet --clips FOLDER --vae FILE --state FILE --minutes 90
+
+Can be stopped at any time and started again with the same words; it goes on from the state file. `--export FILE` writes
+the checkpoint that the pack ships (half precision, averaged weights) at every save.
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stem.ddim import stable_diffusion_sigmas
+from stem.scenes import COLOURS, PHRASES, PLACES, SHAPES
+from tools import comfy, train_vae
+from tools.training_data import REAL_CLIPS, TRAINING_SEEDS, real_frames, scene_frames
+
+BATCH = 32
+POOL, REFRESH = 4096, 4  # latents of generated scenes at hand, and how many of them are new at every step
+NO_CAPTION = 0.1  # share of the samples that learn the unconditional prediction
+AVERAGE = 0.9985  # decay of the averaged weights
+
+
+class Text(nn.Module):
+    """The text encoder of the pack, with an embedding of just the tokens that occur."""
+
+    def __init__(self, demo, ids: Tensor):
+        super().__init__()
+        self.model = demo.DemoTextModel(dtype=torch.float32).transformer
+        self.width = demo.TEXT_CONFIG["hidden_size"]
+        self.heads = demo.TEXT_CONFIG["num_attention_heads"]
+        self.model.text_model.embeddings.token_embedding = nn.Identity()
+        self.embedding = nn.Embedding(len(ids), self.width)
+        self.register_buffer("ids", ids)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(b, 77) row numbers of the embedding to (b, 77, width), as core's CLIPTextModel_ but for its in-place sums."""
+        text = self.model.text_model
+        x = self.embedding(rows) + text.embeddings.position_embedding.weight
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, _mask) -> Tensor:
+            q, k, v = (w.unflatten(-1, (heads, -1)).transpose(1, 2) for w in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+        for layer in text.encoder.layers:
+            x = x + layer.self_attn(layer.layer_norm1(x), None, attention)
+            x = x + layer.mlp(layer.layer_norm2(x))
+        return text.final_layer_norm(x)
+
+
+def comfy_tokenizer():
+    """The tokenizer of SD1 in core."""
+    from comfy.sd1_clip import SD1Tokenizer
+
+    return SD1Tokenizer()
+
+
+class Data:
+    """Latents with captions: a pool of generated scenes that is renewed all the time, and the real clips."""
+
+    def __init__(self, clips: Path, vae: nn.Module, tokenizer, seed: int):
+        self.vae, self.tokenizer, self.next_seed = vae, tokenizer, seed
+        words = [*PHRASES, *COLOURS, *SHAPES, *sum((*PLACES.values(), *REAL_CLIPS.values()), ()), "a thing, a thing"]
+        self.vocabulary = sorted({i for text in words for i in self._token_ids(text)})
+        self.latents, self.rows = self._scenes(POOL)
+        self.real = []
+        for name, wordings in REAL_CLIPS.items():
+            rows = torch.stack([self._tokens(words) for words in wordings])
+            for height, step in ((128, 4), (144, 5)):
+                frames = real_frames(clips, name, height, every=step)[:, :, :128]
+                self.real.append((self._encode(frames), rows))
+        self.empty = self._tokens("")
+        self.slot = 0
+
+    def batch(self, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(b, 4, 16, 16) latents of unit size and (b, 77) rows; one in eight is of a real clip."""
+        fresh, rows = self._scenes(REFRESH)
+        where = torch.arange(self.slot, self.slot + REFRESH) % POOL
+        self.latents[where], self.rows[where] = fresh, rows
+        self.slot = (self.slot + REFRESH) % POOL
+        pick = torch.randint(POOL, (BATCH,), generator=g)
+        z, rows = self.latents[pick].clone(), self.rows[pick].clone()
+        for i in range(0, BATCH, 8):
+            frames, wordings = self.real[int(torch.randint(len(self.real), (1,), generator=g))]
+            frame = frames[int(torch.randint(len(frames), (1,), generator=g))]
+            left = int(torch.randint(frame.shape[-1] - 15, (1,), generator=g))
+            z[i], rows[i] = frame[:, :, left : left + 16], wordings[int(torch.randint(len(wordings), (1,), generator=g))]
+        rows[torch.rand(BATCH, generator=g) < NO_CAPTION] = self.empty
+        return z, rows
+
+    def _scenes(self, count: int) -> tuple[Tensor, Tensor]:
+        images, captions = scene_frames(count, self.next_seed)
+        self.next_seed += count
+        return self._encode(images), torch.stack([self._tokens(words) for words in captions])
+
+    @torch.no_grad()
+    def _encode(self, images: Tensor) -> Tensor:
+        out = []
+        for part in images.split(16):
+            x = (part.float() / 255).contiguous(memory_format=torch.channels_last)
+            with torch.autocast("cpu", torch.bfloat16):
+                out.append(self.vae.taesd_encoder(x).float().contiguous())
+        return torch.cat(out)
+
+    def _token_ids(self, words: str) -> list[int]:
+        return [token for token, _ in self.tokenizer.tokenize_with_weights(words)["l"][0]]
+
+    def _tokens(self, words: str) -> Tensor:
+        return torch.tensor([self.vocabulary.index(i) for i in self._token_ids(words)])
+
+
+def initialise(unet: nn.Module, text: Text) -> None:
+    """Core's layers start uninitialised: PyTorch's own defaults, zeros where a residual branch ends."""
+    for module in (*unet.modules(), *text.modules()):
+        for kind in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm):
+            if isinstance(module, kind):
+                kind.reset_parameters(module)  # the one of core's subclass does nothing
+    nn.init.normal_(text.embedding.weight, std=0.5)
+    nn.init.normal_(text.model.text_model.embeddings.position_embedding.weight, std=0.1)
+    for name, module in unet.named_modules():
+        if name.endswith(("out_layers.3", "proj_out")) or name == "out.2":
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def loss_of(unet: nn.Module, text: Text, sigmas: Tensor, z: Tensor, rows: Tensor, g: torch.Generator) -> Tensor:
+    """Squared error of the noise prediction, weighted by min(SNR, 5) / SNR (Hang et al., ICCV 2023)."""
+    t = torch.randint(1000, (len(z),), generator=g)
+    sigma = sigmas[t].reshape(-1, 1, 1, 1)
+    noise = torch.randn(z.shape, generator=g)
+    x = (z + sigma * noise) / (1 + sigma**2).sqrt()
+    eps = unet(x, t.float(), context=text(rows))
+    weight = (5 * sigma**2).clamp(max=1)
+    return (weight * (eps - noise).square()).mean()
+
+
+def export(path: Path, demo, weights: dict[str, Tensor], vae: nn.Module) -> None:
+    """Writes the pack's checkpoint: names of an SD1 checkpoint, half precision."""
+    renamed = {
+        "unet.": demo.UNET_PREFIX,
+        "text.model.text_model.": demo.TEXT_PREFIX + "transformer.text_model.",
+        "text.embedding.weight": demo.TOKEN_EMBEDDING,
+    }
+    state = {demo.VAE_PREFIX + k: v for k, v in vae.state_dict().items()}
+    for key, value in weights.items():
+        for old, new in renamed.items():
+            if key.startswith(old):
+                state[new + key.removeprefix(old)] = value
+    state = {k: v.detach().half().contiguous() for k, v in state.items()}
+    state[demo.TOKEN_IDS] = weights["text.ids"].to(torch.int32)
+    safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+
+
+def save(args, demo, both: nn.Module, average: dict, optimiser, vae: nn.Module, step: int) -> None:
+    """Progress to the state file, averaged weights to the checkpoint."""
+    part = args.state.with_suffix(".part")
+    state = {"weights": both.state_dict(), "average": average, "optimiser": optimiser.state_dict(), "step": step}
+    torch.save(state, part)
+    part.replace(args.state)
+    if args.export:
+        export(args.export, demo, average, vae)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=Path, required=True, help="folder with the three real clips")
+    parser.add_argument("--vae", type=Path, required=True, help="state file of tools.train_vae")
+    parser.add_argument("--state", type=Path, required=True, help="file that holds weights and progress")
+    parser.add_argument("--export", type=Path, help="checkpoint to write at every save")
+    parser.add_argument("--minutes", type=float, default=90, help="time from now on")
+    parser.add_argument("--rate", type=float, default=8e-4, help="highest learning rate")
+    args = parser.parse_args()
+    pack = comfy.start(["--cpu", "--use-pytorch-cross-attention"])
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    demo = pack.nodes.bridge.demo_model
+    vae = train_vae.build()
+    vae.load_state_dict(torch.load(args.vae, weights_only=True)["vae"])
+    state = torch.load(args.state, weights_only=True) if args.state.exists() else None
+    step = state["step"] if state else 0
+    data = Data(args.clips, vae, comfy_tokenizer(), TRAINING_SEEDS + step * REFRESH)
+    unet = UNetModel(**demo.UNET_CONFIG, device="cpu", dtype=torch.float32)
+    text = Text(demo, torch.tensor(data.vocabulary))
+    unet.requires_grad_(True)
+    text.requires_grad_(True)
+    initialise(unet, text)
+    both = nn.ModuleDict({"unet": unet, "text": text})
+    average = {k: v.detach().clone() for k, v in both.state_dict().items()}
+    optimiser = torch.optim.AdamW(both.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    if state:
+        both.load_state_dict(state["weights"])
+        average = state["average"]
+        optimiser.load_state_dict(state["optimiser"])
+    sigmas = stable_diffusion_sigmas()
+    g = torch.Generator().manual_seed(step)
+    began = saved = time.time()
+    first, recent = step, 0.0
+    while (progress := (time.time() - began) / (60 * args.minutes)) < 1:
+        for group in optimiser.param_groups:
+            warm = min(1.0, (step - first + 1) / 200)
+            group["lr"] = args.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        loss = loss_of(unet, text, sigmas, *data.batch(g), g)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        optimiser.step()
+        step += 1
+        decay = min(AVERAGE, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for key, value in both.state_dict().items():
+                if value.is_floating_point():
+                    average[key].lerp_(value, 1 - decay)
+        recent = 0.98 * recent + 0.02 * loss.item() if recent else loss.item()
+        if step % 100 == 0:
+            print(f"step {step} loss {recent:.4f} {time.time() - began:.0f} s", flush=True)
+        if time.time() - saved > 300:
+            save(args, demo, both, average, optimiser, vae, step)
+            saved = time.time()
+    save(args, demo, both, average, optimiser, vae, step)
