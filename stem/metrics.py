@@ -10,18 +10,21 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-FLATNESS = 1e-5
-"""Squared gradient (brightness 0..1 per pixel) below which an area is too flat to show motion."""
+# Estimation of motion
+LEVELS = 4  # of the pyramid, each half the size of the one before
+WINDOW = 3.0  # standard deviation of the Gaussian window, in pixels of each level
+ITERATIONS = 6  # on each level
+FLATNESS = 1e-5  # squared gradient (brightness 0..1 per pixel) below which nothing shows motion
 
 
 def psnr(images: Tensor, reference: Tensor, mask: Tensor | None = None) -> float:
-    """Peak signal-to-noise ratio in dB, from the mean squared error of all frames; infinite for equal clips."""
-    return float(_decibel(_mean((images - reference) ** 2, mask)))
+    """Peak signal-to-noise ratio in dB of the error in all frames together; infinite for equal clips."""
+    return float(_decibel(_mean(_squared_error(images, reference), mask)))
 
 
 def psnr_per_frame(images: Tensor, reference: Tensor, mask: Tensor | None = None) -> Tensor:
     """Peak signal-to-noise ratio of every frame in dB, (f,); infinite for equal frames."""
-    error = (images - reference) ** 2
+    error = _squared_error(images, reference)
     masks = [None] * len(error) if mask is None else mask.split(1)
     return torch.stack([_decibel(_mean(e, m)) for e, m in zip(error.split(1), masks, strict=True)])
 
@@ -84,61 +87,62 @@ def warp(images: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
     return rearrange(read, "f c height width -> f height width c"), inside.to(images.dtype)
 
 
-def estimate_flow(
-    images: Tensor, window: float = 3.0, iterations: int = 6, levels: int = 4
-) -> tuple[Tensor, Tensor]:
+def estimate_flow(images: Tensor) -> tuple[Tensor, Tensor]:
     """Motion from every frame to the next, by Lucas and Kanade's method on a pyramid.
 
     Take it from the source clip, once, and use it for all clips compared with that. Textured surfaces are
-    followed over a few pixels per frame (up to about 2^levels). Flat areas take the motion of their
-    surroundings, motion edges are blurred by the width of the window, changes of light are taken for motion.
+    followed over some 10 pixels a frame. Flat areas take the motion of their surroundings, motion edges are
+    blurred by the width of the window, changes of light are taken for motion.
 
     Args:
-        images: (f, height, width, c).
-        window: standard deviation of the Gaussian window, in pixels of each level.
-        iterations: corrections on each level.
-        levels: of the pyramid, each half the size; none with a side below 16 pixels but the first.
+        images: (f, height, width, c), at least two frames of 16x16 pixels.
 
     Returns:
         flow (f - 1, height, width, 2), and 1 where it is to be trusted, else 0 (f - 1, height, width): flow
         forth and back cancel out to half a pixel and a tenth of their length.
 
+    Raises:
+        ValueError: too few frames or pixels.
+
     Source: Lucas and Kanade 1981; coarse to fine as Bouguet 2001; the check forth and back as Sundaram et al.
     2010.
     """
+    if len(images) < 2 or min(images.shape[1:3]) < 16:
+        raise ValueError(
+            f"images have the shape {tuple(images.shape)}; give two frames of 16x16 pixels or more."
+        )
     grey = reduce(images, "f height width c -> f 1 height width", "mean")
-    forth = _lucas_kanade(grey[:-1], grey[1:], window, iterations, levels)
-    back = _lucas_kanade(grey[1:], grey[:-1], window, iterations, levels)
+    forth, back = _lucas_kanade(grey[:-1], grey[1:]), _lucas_kanade(grey[1:], grey[:-1])
     returned, inside = warp(back, forth)
-    squared = [
+    gap, *lengths = (
         reduce(x**2, "f height width xy -> f height width", "sum")
         for x in (forth + returned, forth, returned)
-    ]
-    return forth, inside * (squared[0] <= 0.01 * (squared[1] + squared[2]) + 0.25)
+    )
+    return forth, inside * (gap <= 0.01 * sum(lengths) + 0.25)
 
 
-def _lucas_kanade(first: Tensor, second: Tensor, window: float, iterations: int, levels: int) -> Tensor:
+def _lucas_kanade(first: Tensor, second: Tensor) -> Tensor:
+    """Flow (f, height, width, 2) between frames (f, 1, height, width)."""
     pyramid = [(first, second)]
-    while len(pyramid) < levels and min(pyramid[-1][0].shape[-2:]) >= 32:
+    while len(pyramid) < LEVELS and min(pyramid[-1][0].shape[-2:]) >= 32:
         pyramid.append(tuple(kornia.geometry.transform.pyrdown(x) for x in pyramid[-1]))
     flow = first.new_zeros(len(first), 2, *pyramid[-1][0].shape[-2:])
     for first, second in reversed(pyramid):
-        flow = _resize_flow(flow, first.shape[-2:])
-        flow = _refine(first, second, flow, window, iterations)
+        flow = _refine(first, second, _resize_flow(flow, first.shape[-2:]))
     return rearrange(flow, "f xy height width -> f height width xy")
 
 
-def _refine(first: Tensor, second: Tensor, flow: Tensor, window: float, iterations: int) -> Tensor:
-    """Corrects the flow (f, 2, height, width) by Gauss-Newton steps on the squared difference in the window."""
-    # What moves on a coarser level drags its still surroundings along: let go of what fits much better unmoved.
+def _refine(first: Tensor, second: Tensor, flow: Tensor) -> Tensor:
+    """Corrects the flow (f, 2, height, width) by Gauss-Newton steps on the difference in the window."""
+    # What moves on a coarser level drags still surroundings along: let go of what fits much better unmoved.
     still = torch.zeros_like(flow)
-    moved_error, still_error = (_blur(_difference(first, second, x)[0] ** 2, window) for x in (flow, still))
+    moved_error, still_error = (_blur(_difference(first, second, x)[0] ** 2) for x in (flow, still))
     flow = torch.where(2 * still_error < moved_error, still, flow)
     gx, gy = rearrange(kornia.filters.spatial_gradient(first), "f 1 xy height width -> xy f 1 height width")
-    for _ in range(iterations):
+    for _ in range(ITERATIONS):
         difference, inside = _difference(first, second, flow)
         terms = torch.cat([gx * gx, gx * gy, gy * gy, gx * difference, gy * difference], dim=1) * inside
-        xx, xy, yy, xd, yd = rearrange(_blur(terms, window), "f term height width -> term f 1 height width")
+        xx, xy, yy, xd, yd = rearrange(_blur(terms), "f term height width -> term f 1 height width")
         xx, yy = xx + FLATNESS, yy + FLATNESS
         step = torch.cat([xy * yd - yy * xd, xy * xd - xx * yd], dim=1) / (xx * yy - xy * xy)
         flow = flow + step.clamp(-1, 1)
@@ -146,16 +150,16 @@ def _refine(first: Tensor, second: Tensor, flow: Tensor, window: float, iteratio
 
 
 def _difference(first: Tensor, second: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-    """The second frames fetched back along the flow (f, 2, height, width) minus the first, and where it is known."""
+    """Second frames read along the flow (f, 2, height, width), less the first; and where that is known."""
     second = rearrange(second, "f 1 height width -> f height width 1")
     back, inside = warp(second, rearrange(flow, "f xy height width -> f height width xy"))
     back = rearrange(back, "f height width 1 -> f 1 height width")
     return back - first, rearrange(inside, "f height width -> f 1 height width")
 
 
-def _blur(x: Tensor, window: float) -> Tensor:
-    size = 2 * round(3 * window) + 1
-    return kornia.filters.gaussian_blur2d(x, (size, size), (window, window))
+def _blur(x: Tensor) -> Tensor:
+    size = 2 * round(3 * WINDOW) + 1
+    return kornia.filters.gaussian_blur2d(x, (size, size), (WINDOW, WINDOW))
 
 
 def _resize_flow(flow: Tensor, size: tuple[int, int]) -> Tensor:
@@ -163,6 +167,14 @@ def _resize_flow(flow: Tensor, size: tuple[int, int]) -> Tensor:
     factor = flow.new_tensor([size[1] / width, size[0] / height])
     flow = torch.nn.functional.interpolate(flow, size, mode="bilinear", align_corners=False)
     return flow * rearrange(factor, "xy -> xy 1 1")
+
+
+def _squared_error(images: Tensor, reference: Tensor) -> Tensor:
+    if images.shape != reference.shape:
+        raise ValueError(
+            f"the clips have the shapes {tuple(images.shape)} and {tuple(reference.shape)}; give equal ones."
+        )
+    return (images - reference) ** 2
 
 
 def _mean(error: Tensor, mask: Tensor | None) -> Tensor:

@@ -110,13 +110,14 @@ def load_pack(root: Path) -> ModuleType:
 # --------------------------------------------------------------------------------------------------- a server
 
 
-def command_line(where: bootstrap.Locations) -> list[str]:
-    """ComfyUI's main.py with this pack and no other."""
+def command_line(where: bootstrap.Locations, extra_packs: Sequence[Path] = ()) -> list[str]:
+    """ComfyUI's main.py with this pack and no other but those named."""
     return [
         str(where.python),
         str(where.comfyui / "main.py"),
         *("--base-directory", str(where.base_directory)),
         *("--disable-all-custom-nodes", "--whitelist-custom-nodes", bootstrap.PACK),
+        *(pack.name for pack in extra_packs),
         "--disable-auto-launch",
         "--disable-api-nodes",
     ]
@@ -131,13 +132,22 @@ class Server:
     Args:
         argv: further options of ComfyUI.
         port: None for a free one.
+        patience: seconds until it must be up.
+        extra_packs: folders of further node packs, loaded from where they are.
     Raises:
         ServerError: it does not come up; with the end of its log.
     """
 
-    def __init__(self, argv: Sequence[str] = ("--cpu",), port: int | None = None, patience: float = 180):
+    def __init__(
+        self,
+        argv: Sequence[str] = ("--cpu",),
+        port: int | None = None,
+        patience: float = 180,
+        extra_packs: Sequence[Path] = (),
+    ):
         self.where = installed()
         self.argv, self.port, self.patience = argv, free_port(port or 0), patience
+        self.extra_packs = extra_packs
         self.address = f"http://127.0.0.1:{self.port}"
         self.log = self.where.base_directory / "logs" / f"server-{self.port}.log"
         self.input_directory = self.where.base_directory / "input"
@@ -147,10 +157,15 @@ class Server:
         self._own = tempfile.TemporaryDirectory(prefix="stem-server-", ignore_cleanup_errors=True)
         own_options = ["--temp-directory", self._own.name, "--user-directory", self._own.name]
         own_options += ["--database-url", "sqlite:///:memory:", "--port", str(self.port)]
+        if self.extra_packs:
+            search_paths = Path(self._own.name) / "extra_packs.yaml"
+            folders = "\n".join(str(pack.parent) for pack in self.extra_packs)
+            search_paths.write_text(json.dumps({"extra": {"custom_nodes": folders}}), encoding="utf-8")
+            own_options += ["--extra-model-paths-config", str(search_paths)]
         self.log.parent.mkdir(exist_ok=True)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [*command_line(self.where), *own_options, *self.argv],
+                [*command_line(self.where, self.extra_packs), *own_options, *self.argv],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -203,15 +218,13 @@ class Server:
         Args:
             on_progress: called when a node begins (value 0 of 1) and at each of its steps.
         Raises:
-            GraphError: it was refused or failed. GraphInterrupted: it was cancelled.
+            GraphError: it was refused, failed, or a node was blocked with a message. GraphInterrupted: it was cancelled.
             TimeoutError: it took longer than `timeout` seconds; it is cancelled.
         """
-        if on_progress is None:
-            return self.wait(self.queue(graph), timeout)
-        return asyncio.run(self._run(graph, on_progress, timeout))
+        return asyncio.run(self._run(graph, on_progress or (lambda _: None), timeout))
 
     def wait(self, prompt_id: str, timeout: float = 600) -> dict:
-        """Wait for a queued graph; returns and raises as `run`."""
+        """Wait for a queued graph; returns and raises as `run`, but for blocked nodes: the history has no word of them."""
         end = time.monotonic() + timeout
         while not (entry := self.get(f"/history/{prompt_id}").get(prompt_id)):
             if time.monotonic() > end:
@@ -240,7 +253,7 @@ class Server:
             async with session.ws_connect(
                 f"{self.address}/ws?clientId={client_id}", max_msg_size=0
             ) as events:
-                prompt_id = self.queue(graph, client_id)
+                prompt_id, blocked = self.queue(graph, client_id), None
                 while True:
                     try:
                         message = await asyncio.wait_for(events.receive(), max(end - time.monotonic(), 0))
@@ -252,10 +265,17 @@ class Server:
                         continue
                     event = json.loads(message.data)
                     kind, data = event["type"], event["data"]
-                    if data.get("prompt_id") != prompt_id or kind not in ("executing", "progress"):
+                    if data.get("prompt_id") != prompt_id:
+                        continue
+                    if kind == "execution_error" and data["exception_type"] == "ExecutionBlocked":
+                        blocked = GraphError(data["exception_message"], data["node_id"], data["node_type"])
+                    if kind not in ("executing", "progress"):
                         continue
                     if (node_id := data["node"]) is None:
-                        return self.wait(prompt_id, max(end - time.monotonic(), 1))
+                        entry = self.wait(prompt_id, max(end - time.monotonic(), 1))
+                        if blocked:
+                            raise blocked
+                        return entry
                     class_type = graph.get(node_id, {}).get("class_type", "")
                     on_progress(Progress(node_id, class_type, data.get("value", 0), data.get("max", 1)))
 

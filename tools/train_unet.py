@@ -223,3 +223,7 @@ def main() -> None:
             save(args, demo, both, average, optimiser, vae, step)
             saved = time.time()
     save(args, demo, both, average, optimiser, vae, step)
+
+
+if __name__ == "__main__":
+    main()

@@ -79,7 +79,7 @@ def test_sigmas_are_those_of_stable_diffusion():
     assert sigmas[999].item() == pytest.approx(14.6146, rel=1e-5)
 
 
-@pytest.mark.parametrize("steps", [1, 10, 30, 50, 500, 999])
+@pytest.mark.parametrize("steps", [1, 7, 10, 30, 50, 143, 500, 999])
 def test_levels_are_those_of_the_diffusers_schedule(steps):
     scheduler = DDIMScheduler(**SD)
     scheduler.set_timesteps(steps)

@@ -1,0 +1,138 @@
+"""Reading a scene from pictures: the colour and shape of its main figure, and its background.
+
+A judge for pictures of the kind that `stem.scenes` draws, made by whatever means. It knows the palettes and the four
+outlines, not the drawing: pixels are put to the nearest palette, the main figure is the largest connected region of one
+colour, and its outline is told from its moments, which do not change when it turns, moves or grows.
+"""
+
+import math
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn.functional import max_pool2d
+
+from .scenes import BACKGROUNDS, COLOURS
+
+DARKEST = 0.8  # a figure's shading at its foot
+NEAR = 0.15  # distance in RGB within which a pixel is surely of a palette
+SMALLEST_FIGURE = 0.015  # of the square of the short side
+LEAST_BACKGROUND = 0.5  # of the pixels outside the figure that must be near its palette
+OUTLINES = {  # corners, and how far from the centre the sides come, the corners being at 1
+    "circle": (64, math.cos(math.pi / 64)),
+    "square": (4, math.cos(math.pi / 4)),
+    "triangle": (3, math.cos(math.pi / 3)),
+    "star": (5, 0.45),
+}
+FARTHEST, CLEAREST = 0.15, 0.7  # distance of moments to an outline; the same over that to the next best outline
+
+
+class Reading(NamedTuple):
+    """What a picture shows; None where it cannot be told."""
+
+    colour: str | None
+    shape: str | None
+    background: str | None
+
+
+def read_clip(images: Tensor) -> Reading:
+    """What most frames of a clip (f, height, width, 3) show; each field has its own vote, in which None counts too."""
+    readings = read_images(images)
+    return Reading(*(Counter(answers).most_common(1)[0][0] for answers in zip(*readings, strict=True)))
+
+
+def read_images(images: Tensor) -> list[Reading]:
+    """What each picture shows, on its own.
+
+    Args:
+        images: (f, height, width, 3) in 0..1.
+
+    Raises:
+        ValueError: not such a tensor, or no picture in it.
+    """
+    if images.ndim != 4 or 0 in images.shape or images.shape[-1] != 3:
+        raise ValueError(f"images have the shape {tuple(images.shape)}; give (frames, height, width, 3).")
+    return [_read(image) for image in images.float()]
+
+
+def _read(image: Tensor) -> Reading:
+    height, width = image.shape[:2]
+    smallest = SMALLEST_FIGURE * min(height, width) ** 2
+    places = torch.stack([_distance(image, low, high) for low, high in map(torch.tensor, BACKGROUNDS.values())])
+    solid = torch.stack([_distance(image, DARKEST * c, c) for c in map(torch.tensor, COLOURS.values())])
+    background = _background(places, solid)
+    # Soft edges pass by other palettes: only colours that fill some area take part, and the background that is there.
+    there = ((solid < NEAR) & (solid < places.amin(0))).sum((1, 2)) > smallest / 2
+    names = [name for name, some in zip(COLOURS, there.tolist(), strict=True) if some]
+    ground = places.amin(0) if background is None else places[list(BACKGROUNDS).index(background)]
+    label = torch.cat([ground[None], solid[there]]).argmin(0)
+    regions = [_largest_region(label == i) for i in range(1, len(names) + 1)]
+    colour, region = max(zip(names, regions, strict=True), key=lambda found: found[1].sum(), default=(None, None))
+    if colour is None or region.sum() < smallest:
+        return Reading(None, None, background)
+    return Reading(colour, _shape(region), background)
+
+
+def _background(places: Tensor, solid: Tensor) -> str | None:
+    """The palette that most pixels of no figure are nearest to, if most of those are really near it."""
+    outside = places.amin(0) < solid.amin(0)
+    votes = torch.bincount(places.argmin(0)[outside], minlength=len(places))
+    best = int(votes.argmax())
+    near = (places[best] < NEAR) & outside
+    return list(BACKGROUNDS)[best] if near.sum() > LEAST_BACKGROUND * outside.sum() else None
+
+
+def _distance(image: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Distance in RGB of every pixel (height, width) to the line between two colours."""
+    line = end - start
+    along = ((image - start) @ line / line.dot(line)).clamp(0, 1)
+    return (image - start - along[..., None] * line).norm(dim=-1)
+
+
+def _largest_region(mask: Tensor) -> Tensor:
+    """The largest connected part of a mask (height, width)."""
+    marks = rearrange(torch.arange(1.0, mask.numel() + 1), "(y x) -> 1 y x", x=mask.shape[1]) * mask
+    while True:  # the highest mark of a region spreads over all of it
+        spread = max_pool2d(marks, 3, stride=1, padding=1) * mask
+        if torch.equal(spread, marks):
+            break
+        marks = spread
+    counts = torch.bincount(marks.long().flatten())
+    counts[0] = 0
+    return marks[0] == counts.argmax() if counts.any() else mask
+
+
+def _shape(region: Tensor) -> str | None:
+    """The outline whose moments are nearest to those of a region (height, width), if it is near and no other is."""
+    at = region.nonzero().double()
+    y, x = (at - at.mean(0)).unbind(-1)
+    found = _moments(len(at), x**2 + y**2, torch.atan2(y, x))
+    gaps = {name: float((found - _outline_moments(*outline)).norm()) for name, outline in OUTLINES.items()}
+    best, second = sorted(gaps, key=gaps.get)[:2]
+    return best if gaps[best] < min(FARTHEST, CLEAREST * gaps[second]) else None
+
+
+def _outline_moments(corners: int, side: float) -> Tensor:
+    """Moments of a star of straight sides, which run from every corner at radius 1 to `side` halfway to the next one."""
+    angle = torch.arange(0, 2 * math.pi, math.pi / 1024, dtype=torch.float64)
+    half = math.pi / corners
+    a = half - (angle % (2 * half) - half).abs()  # from the nearest corner
+    radius = side * math.sin(half) / (side * torch.sin(half - a) + torch.sin(a))
+    step = 2 * math.pi / len(angle)
+    return _moments(float((radius**2).sum() * step / 2), radius**4 * step / 4, angle)
+
+
+def _moments(area: float, inertia: Tensor, angle: Tensor) -> Tensor:
+    """How round a region is (1: a disc), and how far it repeats itself k times in a turn, k = 1..8.
+
+    Args:
+        area: of the region.
+        inertia: of its parts, squared distance from the centre times area.
+        angle: of its parts, seen from the centre.
+    """
+    total = inertia.sum()
+    turns = rearrange(torch.arange(1, 9, dtype=angle.dtype), "k -> k 1") * angle
+    harmonics = torch.hypot(turns.cos() @ inertia, turns.sin() @ inertia) / total
+    return torch.cat([(area**2 / (2 * math.pi * total)).reshape(1), harmonics])

@@ -1,0 +1,321 @@
+"""The inversion nodes against plain loops over the bare UNet, written from the equations."""
+
+import copy
+
+import comfy.model_management
+import comfy.samplers
+import comfy.utils
+import pytest
+import torch
+from comfy.ldm.modules.attention import BasicTransformerBlock
+from diffusers import DDIMScheduler
+from models import clip_latents, prompt, tiny_controlnet, tiny_model
+
+FRAMES, STEPS = 5, 10
+# A soft temperature: at the paper's 0.01 a token between two bases jumps from one to the other at the last bit of float32,
+# so that no two orders of summation agree to five digits after ten levels. tests/unit/test_em.py holds 0.01.
+EM = {"num_bases": 12, "em_iterations": 3, "temperature": 1.0, "seed": 4}
+ADVANCED = {"blocks": "all", "frames_per_em": 0}
+
+
+def invert(pack, model, latents, positive, method="stem", steps=STEPS, basis=None, **changes):
+    """Outputs of STEMInvertLatents: latents, sigmas, trajectory, basis."""
+    inputs = {**EM, **ADVANCED, **changes}
+    return pack.nodes.invert.STEMInvertLatents.execute(
+        model=model, latents=latents, positive=positive, method=method, steps=steps, basis=basis, **inputs
+    ).result
+
+
+def difference(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+# ------------------------------------------------------------------------------ the oracle: no code of the pack in it
+
+
+def softmax_attention(q, k, v):
+    """One head of one frame: q (n, d), k and v (m, d)."""
+    return torch.softmax(q @ k.T / q.shape[-1] ** 0.5, dim=-1) @ v
+
+
+def em(k, v, seed, num_bases, em_iterations, temperature):
+    """Dense EM of one head: k and v (n, d), g (m, d)."""
+    mu = k.mean(0) + k.std(0) * seed
+    for _ in range(em_iterations):
+        z = torch.softmax(k @ (mu / (mu.norm(dim=1, keepdim=True) + 1e-4)).T / temperature, dim=1)
+        z = z / (z.sum(0) + 1e-4)
+        mu = z.T @ k
+    return mu, z.T @ v
+
+
+def oracle_attention(attn1, name, method, now, derive_seed):
+    def forward(x, **_):
+        q, k, v = attn1.to_q(x), attn1.to_k(x), attn1.to_v(x)
+        frames, tokens, channels = q.shape
+        heads, d = attn1.heads, channels // attn1.heads
+        group = now["frames_per_em"] or frames
+        out = torch.empty_like(q)
+        for f in range(frames):
+            first = f - f % group
+            seed = derive_seed(EM["seed"], name, f"{now['sigma']:.5g}", first)
+            g = torch.randn(heads, EM["num_bases"], d, generator=torch.Generator().manual_seed(seed))
+            for h in range(heads):
+                part = slice(h * d, (h + 1) * d)
+                context = {
+                    "ddim": [f],
+                    "first_previous": [0, max(f - 1, 0)],
+                    "all_frames": range(frames),
+                    "stem": range(first, min(first + group, frames)),
+                }[method]
+                keys = torch.cat([k[i, :, part] for i in context])
+                values = torch.cat([v[i, :, part] for i in context])
+                if method == "stem":
+                    keys, values = em(keys, values, g[h], EM["num_bases"], EM["em_iterations"], EM["temperature"])
+                out[f, :, part] = softmax_attention(q[f, :, part], keys, values)
+        return attn1.to_out(out)
+
+    return forward
+
+
+def oracle(model, latents, positive, method, derive_seed, frames_per_em=0):
+    """DDIM inversion in z = sqrt(abar) z0 + sqrt(1 - abar) eps: all latents on the way, (t+1, f, c, y, x)."""
+    base = model.model
+    unet = copy.deepcopy(base.diffusion_model)
+    now = {"frames_per_em": frames_per_em}
+    for side in ("input_blocks", "middle_block", "output_blocks"):
+        for name, module in getattr(unet, side).named_modules():
+            if isinstance(module, BasicTransformerBlock):
+                numbers = [int(part) for part in name.split(".") if part.isdigit()]
+                number, index = (0 if side == "middle_block" else numbers[0]), numbers[-1]
+                label = f"{side.split('_')[0]}_{number}" + (f"_{index}" if index else "")
+                module.attn1.forward = oracle_attention(module.attn1, label, method, now, derive_seed)
+    sigmas = base.model_sampling.sigmas.double()
+    abar = 1 / (1 + sigmas**2)
+    z = latents["samples"] * base.latent_format.scale_factor
+    context = positive[0][0].expand(len(z), -1, -1)
+    extra = {}
+    if "SDXL" in type(base).__name__:
+        y = base.encode_adm(device="cpu", pooled_output=positive[0][1]["pooled_output"], width=128, height=64)
+        extra["y"] = y.expand(len(z), -1)
+    path, previous = [z], abar[0]
+    for t in range(1, 1000, 1000 // STEPS):
+        if len(path) > STEPS:
+            break
+        now["sigma"] = float(sigmas[t].float())
+        out = unet(z, torch.full((len(z),), float(t)), context=context, transformer_options={}, **extra)
+        v_prediction = "V_PREDICTION" in [kind.__name__ for kind in type(base.model_sampling).__mro__]
+        eps = abar[t].sqrt() * out + (1 - abar[t]).sqrt() * z if v_prediction else out
+        z0 = (z - (1 - previous).sqrt() * eps) / previous.sqrt()
+        z = (abar[t].sqrt() * z0 + (1 - abar[t]).sqrt() * eps).float()
+        previous = abar[t]
+        path.append(z)
+    return torch.stack(path)
+
+
+def in_ddim_scale(trajectory):
+    return trajectory.latents / (1 + trajectory.sigmas**2).sqrt().reshape(-1, 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("method", ["stem", "ddim", "first_previous", "all_frames"])
+def test_every_method_equals_a_plain_loop_over_the_bare_unet(pack, method):
+    model, latents, positive = tiny_model(), clip_latents(FRAMES), prompt()
+    expected = oracle(model, latents, positive, method, pack.stem.em.derive_seed)
+    noise, sigmas, trajectory, _ = invert(pack, model, latents, positive, method)
+    assert difference(in_ddim_scale(trajectory), expected) < 1e-5
+    assert difference(noise["samples"] * 0.18215 / (1 + sigmas[0] ** 2) ** 0.5, expected[-1]) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["sd2", "sdxl"])
+def test_other_layouts_equal_a_plain_loop_over_their_unet(pack, layout):
+    model, latents, positive = tiny_model(layout), clip_latents(3), prompt()
+    expected = oracle(model, latents, positive, "stem", pack.stem.em.derive_seed)
+    trajectory = invert(pack, model, latents, positive)[2]
+    assert difference(in_ddim_scale(trajectory), expected) < 1e-5
+
+
+def test_frames_per_em_estimates_for_each_group_of_frames_alone(pack):
+    model, latents, positive = tiny_model(), clip_latents(FRAMES), prompt()
+    expected = oracle(model, latents, positive, "stem", pack.stem.em.derive_seed, frames_per_em=2)
+    _, _, trajectory, basis = invert(pack, model, latents, positive, frames_per_em=2)
+    assert difference(in_ddim_scale(trajectory), expected) < 1e-5
+    assert basis.keys[0].shape == (STEPS, 8, 3 * EM["num_bases"], 4)  # two groups of two frames, one of one
+
+
+def test_sampling_from_the_inverted_latent_equals_diffusers_ddim(pack):
+    model, latents, positive = tiny_model(), clip_latents(3), prompt()
+    noise, sigmas, trajectory, _ = invert(pack, model, latents, positive, "ddim")
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, timestep_spacing="leading",
+    )  # fmt: skip
+    scheduler.set_timesteps(STEPS)
+    z = in_ddim_scale(trajectory)[-1]
+    for t in scheduler.timesteps:
+        eps = model.model.diffusion_model(z, t.float().expand(3), context=positive[0][0].expand(3, -1, -1))
+        z = scheduler.step(eps, t, z).prev_sample
+    sampled = sample(model, noise, sigmas, positive)
+    assert difference(sampled * 0.18215 / (1 + sigmas[-1] ** 2) ** 0.5, z) < 1e-5
+
+
+def sample(model, noise, sigmas, positive, negative=None, cfg=1.0):
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative or prompt(seed=2))
+    guider.set_cfg(cfg)
+    zeros, euler = torch.zeros_like(noise["samples"]), comfy.samplers.sampler_object("euler")
+    return guider.sample(zeros, noise["samples"], euler, sigmas, disable_pbar=True, seed=0)
+
+
+# ------------------------------------------------------------------------------------------------- what comes out
+
+
+def test_the_way_back_gives_the_clip(pack):
+    model, latents, positive = tiny_model(), clip_latents(3), prompt()
+    noise, sigmas, _, _ = invert(pack, model, latents, positive, "ddim", steps=40)
+    assert difference(sample(model, noise, sigmas, positive), latents["samples"]) < 0.03
+
+
+def test_outputs_fit_together(pack):
+    model, latents, positive = tiny_model(), clip_latents(3), prompt()
+    noise, sigmas, trajectory, basis = invert(pack, model, latents, positive, steps=4)
+    table = model.get_model_object("model_sampling").sigmas
+    assert sigmas.tolist() == table[[751, 501, 251, 1, 0]].tolist()
+    assert trajectory.latents.shape == (5, 3, 4, 8, 16) and trajectory.sigmas.tolist() == sigmas.flip(0).tolist()
+    assert torch.allclose(trajectory.latents[-1] / 0.18215, noise["samples"])
+    start = latents["samples"] * 0.18215 * (1 + sigmas[-1] ** 2) ** 0.5
+    assert torch.allclose(trajectory.latents[0], start)
+    assert basis.sigmas.tolist() == sigmas.flip(0)[1:].tolist() and len(basis.keys) == len(basis.blocks) == 16
+    assert all(k.shape[:3] == (4, 8, EM["num_bases"]) and k.device.type == "cpu" for k in basis.keys + basis.values)
+    assert trajectory.conditioning is positive
+
+
+def test_a_second_run_is_the_same_bit_by_bit(pack):
+    model, latents, positive = tiny_model(), clip_latents(3), prompt()
+    first, second = (invert(pack, model, latents, positive, steps=3) for _ in range(2))
+    assert torch.equal(first[0]["samples"], second[0]["samples"])
+    assert all(map(torch.equal, first[3].keys, second[3].keys))
+
+
+def test_inputs_and_model_are_left_as_they_were(pack):
+    model, latents, positive = tiny_model(), clip_latents(3), prompt()
+    latents["noise_mask"] = torch.ones(3, 64, 128)
+    before, options = latents["samples"].clone(), copy.deepcopy(model.model_options)
+    noise, _, _, _ = invert(pack, model, latents, positive, steps=2)
+    assert torch.equal(latents["samples"], before) and set(latents) == {"samples", "noise_mask"}
+    assert "noise_mask" not in noise
+    assert model.model_options == options
+
+
+def test_cancelling_leaves_the_model_clean(pack):
+    model, latents, positive = tiny_model(), clip_latents(2), prompt()
+    expected = invert(pack, model, latents, positive, steps=3)[0]["samples"]
+    options, seen = copy.deepcopy(model.model_options), []
+    stopping = model.clone()
+    stopping.set_model_attn1_output_patch(
+        lambda n, extra: seen.append(1) or (len(seen) == 20 and comfy.model_management.interrupt_current_processing()) or n
+    )
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        invert(pack, stopping, latents, positive, steps=3)
+    assert 20 <= len(seen) < 40
+    assert model.model_options == options
+    assert torch.equal(invert(pack, model, latents, positive, steps=3)[0]["samples"], expected)
+
+
+# ------------------------------------------------------------------------------------------------- a fixed basis
+
+
+@pytest.fixture(scope="module")
+def estimated(pack):
+    with torch.inference_mode():
+        model, latents = tiny_model(), clip_latents(7)
+        basis = pack.nodes.basis.STEMBasisEstimate.execute(
+            model=model, latents=latents, positive=prompt(), steps=4, keyframes=3, blocks="all", **EM
+        ).result[0]
+    return model, latents, basis
+
+
+def test_keyframes_are_spread_over_the_clip(pack, estimated):
+    _, _, basis = estimated
+    assert basis.frame_ids == (0, 3, 6) and basis.total_frames == 7
+    spread = pack.nodes.basis.spread
+    assert spread(5, 0) == spread(5, 5) == spread(5, 9) == [0, 1, 2, 3, 4]
+    assert spread(100, 16)[0] == 0 and spread(100, 16)[-1] == 99 and len(set(spread(100, 16))) == 16
+    assert spread(9, 1) == [0]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_with_a_fixed_basis_frames_can_be_split_into_batches(pack, estimated, batch):
+    model, latents, basis = estimated
+    whole = invert(pack, model, latents, prompt(), steps=4, basis=basis)
+    parts = [
+        invert(pack, model, {"samples": part}, prompt(), steps=4, basis=basis)[0]["samples"]
+        for part in latents["samples"].split(batch)
+    ]
+    assert difference(torch.cat(parts), whole[0]["samples"]) < 1e-5
+    assert whole[3] is basis
+
+
+def test_keyframes_keep_their_own_prompts_and_hints(pack):
+    frames, ids = 6, [0, 3, 5]
+    control = tiny_controlnet().set_cond_hint(torch.rand(frames, 3, 64, 128))
+    further = tiny_controlnet().set_cond_hint(torch.rand(1, 3, 64, 128)).set_previous_controlnet(control)
+    given = prompt(frames=frames, control=further, strength=0.5)
+    [[text, options]] = pack.nodes.bridge.conditioning.select_frames(given, ids, frames)
+    assert torch.equal(text, given[0][0][ids])
+    assert torch.equal(options["control"].previous_controlnet.cond_hint_original, control.cond_hint_original[ids])
+    assert options["control"].cond_hint_original is further.cond_hint_original and options["strength"] == 0.5
+    assert len(control.cond_hint_original) == frames, "the given one is left as it was"
+
+
+def test_estimating_with_prompts_for_every_frame_runs(pack):
+    latents = clip_latents(4)
+    basis = pack.nodes.basis.STEMBasisEstimate.execute(
+        model=tiny_model(), latents=latents, positive=prompt(frames=4), steps=2, keyframes=2, blocks="output", **EM
+    ).result[0]
+    assert basis.blocks == tuple(f"output_{i}" for i in range(3, 12))
+
+
+# --------------------------------------------------------------------------------------------------- wrong inputs
+
+
+@pytest.mark.parametrize(
+    ("latents", "message"),
+    [
+        (torch.zeros(0, 4, 8, 8), "no frames"),
+        (torch.zeros(3, 16, 8, 8), "16 channels, this model needs 4"),
+        (torch.zeros(1, 4, 3, 8, 8), "frames on the batch axis"),
+    ],
+)
+def test_latents_that_do_not_fit_are_refused(pack, latents, message):
+    with pytest.raises(ValueError, match=f"STEMInvertLatents: .*{message}"):
+        invert(pack, tiny_model(), {"samples": latents}, prompt())
+
+
+@pytest.mark.parametrize(("layout", "family"), [("svd", "SVD_img2vid"), ("dit", "PixArtAlpha")])
+def test_models_without_image_self_attention_blocks_are_refused_by_name(pack, layout, family):
+    with pytest.raises(ValueError, match=f"STEMInvertLatents: .*{family}.*Use a checkpoint of SD1"):
+        invert(pack, tiny_model(layout), clip_latents(2), prompt())
+
+
+def test_a_basis_of_another_model_is_refused(pack, estimated):
+    with pytest.raises(ValueError, match="STEMInvertLatents: .*SD15.*SD20"):
+        invert(pack, tiny_model("sd2"), clip_latents(2), prompt(), basis=estimated[2])
+
+
+def test_a_basis_for_a_method_that_reads_none_is_refused(pack, estimated):
+    with pytest.raises(ValueError, match='method "ddim" does not read'):
+        invert(pack, tiny_model(), clip_latents(2), prompt(), "ddim", basis=estimated[2])
+
+
+def test_the_basis_output_of_a_method_without_one_says_so(pack):
+    blocker = invert(pack, tiny_model(), clip_latents(2), prompt(), "ddim", steps=1)[3]
+    assert "ddim has no basis" in blocker.message
+
+
+def test_blocks_that_the_model_lacks_are_refused(pack):
+    with pytest.raises(ValueError, match='"output_2".*input_1, input_2'):
+        invert(pack, tiny_model(), clip_latents(2), prompt(), blocks="output_2")
+
+
+def test_an_empty_conditioning_is_refused(pack):
+    with pytest.raises(ValueError, match="empty conditioning"):
+        invert(pack, tiny_model(), clip_latents(2), [])
