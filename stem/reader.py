@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn.functional import max_pool2d
 
 from .scenes import BACKGROUNDS, COLOURS
 
@@ -93,15 +92,23 @@ def _distance(image: Tensor, start: Tensor, end: Tensor) -> Tensor:
 
 def _largest_region(mask: Tensor) -> Tensor:
     """The largest connected part of a mask (height, width)."""
-    marks = rearrange(torch.arange(1.0, mask.numel() + 1), "(y x) -> 1 y x", x=mask.shape[1]) * mask
-    while True:  # the highest mark of a region spreads over all of it
-        spread = max_pool2d(marks, 3, stride=1, padding=1) * mask
-        if torch.equal(spread, marks):
-            break
-        marks = spread
-    counts = torch.bincount(marks.long().flatten())
+    rows, columns = _runs(mask), _runs(mask.T).T
+    region, before = rows, None
+    while before is None or not region.equal(before):  # the highest number in a region spreads over all of it
+        before = region
+        for runs in (columns, rows):
+            highest = torch.zeros(mask.numel() + 1, dtype=torch.int64)
+            highest.scatter_reduce_(0, runs.flatten(), region.flatten(), "amax")
+            region = highest[runs]
+    counts = torch.bincount(region.flatten())
     counts[0] = 0
-    return marks[0] == counts.argmax() if counts.any() else mask
+    return mask & (region == counts.argmax())
+
+
+def _runs(mask: Tensor) -> Tensor:
+    """A number from 1 for each unbroken run in the rows of a mask (height, width), 0 where the mask is not."""
+    before = torch.nn.functional.pad(mask, (1, 0))[:, :-1]
+    return torch.cumsum((mask & ~before).flatten(), 0).reshape(mask.shape) * mask
 
 
 def _shape(region: Tensor) -> str | None:

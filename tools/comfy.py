@@ -218,13 +218,13 @@ class Server:
         Args:
             on_progress: called when a node begins (value 0 of 1) and at each of its steps.
         Raises:
-            GraphError: it was refused, failed, or a node was blocked with a message. GraphInterrupted: it was cancelled.
+            GraphError: it was refused, failed, or a node was blocked. GraphInterrupted: it was cancelled.
             TimeoutError: it took longer than `timeout` seconds; it is cancelled.
         """
         return asyncio.run(self._run(graph, on_progress or (lambda _: None), timeout))
 
     def wait(self, prompt_id: str, timeout: float = 600) -> dict:
-        """Wait for a queued graph; returns and raises as `run`, but for blocked nodes: the history has no word of them."""
+        """Wait for a queued graph; returns and raises as `run`, but that the history omits blocked nodes."""
         end = time.monotonic() + timeout
         while not (entry := self.get(f"/history/{prompt_id}").get(prompt_id)):
             if time.monotonic() > end:

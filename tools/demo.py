@@ -24,10 +24,10 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from stem.metrics import estimate_flow, flicker, psnr, ssim
+from stem.reader import read_clip
 from stem.scenes import Scene, random_scene, render
 from tools import bootstrap, comfy
 from tools.pictures import contact_sheet, save_video, side_by_side
-from tools.reader import read_clip
 
 GRAPHS = bootstrap.ROOT / "tests" / "graphs"
 REAL_CLIP = "bikes.mp4"
@@ -44,7 +44,7 @@ class Result(NamedTuple):
     metrics: dict[str, dict]
 
 
-# ----------------------------------------------------------------------------------------------- the two clips
+# ---------------------------------------------------------------------------------------------- the two clips
 
 
 def generated_scene(server: comfy.Server, steps: int, out: TextIO) -> Result:
@@ -87,7 +87,7 @@ def scene_of(node: dict) -> Scene:
 
 
 def compare(clips: dict[str, Tensor], truths: dict[str, Tensor], flow: Tensor, visible: Tensor) -> dict:
-    """Flicker along the source's motion of every clip; PSNR and SSIM to its truth, which is the source for most."""
+    """Flicker of every clip along the motion; PSNR and SSIM to its truth, which for most is the source."""
     metrics = {}
     for name, clip in clips.items():
         metrics[name] = {"flicker": flicker(clip, flow, visible)}
@@ -124,7 +124,7 @@ def run(server: comfy.Server, graph: comfy.Graph, title: str, out: TextIO) -> tu
 
 
 def previews(server: comfy.Server, entry: dict) -> dict[str, Tensor]:
-    """The frames (f, height, width, 3) in 0..1 of every PreviewImage node of a graph that has run, by node id."""
+    """What the PreviewImage nodes of a graph that has run show, (f, height, width, 3) in 0..1, by node id."""
     clips = {}
     for node_id, output in entry["outputs"].items():
         files = [file for file in output.get("images", []) if file["type"] == "temp"]

@@ -1,6 +1,6 @@
 """Clips as people look at them: beside each other in a video, and as a contact sheet.
 
-Clips are as in ComfyUI, (f, height, width, 3) in 0..1, all of one size, each under the name that it is labelled with.
+Clips are as in ComfyUI, (f, height, width, 3) in 0..1, all of one length and size, by their labels.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def side_by_side(clips: dict[str, Tensor]) -> list[Image.Image]:
 
 
 def contact_sheet(clips: dict[str, Tensor], width: int = 2000) -> Image.Image:
-    """A row for each clip, its name in front; evenly spaced frames in the columns, as many as the width holds."""
+    """A row for each clip, its name in front; evenly spaced frames, as many as fit into the width."""
     frame_width, frame_height = _size(clips)
     frames = len(next(iter(clips.values())))
     margin = round(max(_font().getlength(name) for name in clips)) + 2 * GAP

@@ -53,6 +53,11 @@ SVD = {
     "in_channels": 8,
     "num_classes": "sequential",
     "adm_in_channels": 3 * 256,
+    "extra_ff_mix_layer": True,
+    "use_spatial_context": True,
+    "merge_strategy": "learned_with_images",
+    "merge_factor": 0.0,
+    "video_kernel_size": [3, 1, 1],
     "use_temporal_attention": True,
     "use_temporal_resblock": True,
 }
@@ -80,9 +85,10 @@ def tiny_model(layout: str = "sd15", seed: int = 0, dtype: torch.dtype = torch.f
     )
 
 
-def tiny_controlnet(seed: int = 7) -> comfy.controlnet.ControlNet:
+def tiny_controlnet(seed: int = 7, context_dim: int = CONTEXT) -> comfy.controlnet.ControlNet:
     """A ControlNet for the sd15 layout."""
     sizes = {k: v for k, v in SD1.items() if k not in ("out_channels", "transformer_depth_output")}
+    sizes["context_dim"] = context_dim
     net = comfy.cldm.cldm.ControlNet(**sizes, hint_channels=3, operations=comfy.ops.disable_weight_init)
     fill(net, seed, gain=0.3)
     return comfy.controlnet.ControlNet(net, load_device=comfy.model_management.get_torch_device())

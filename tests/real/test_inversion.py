@@ -169,9 +169,13 @@ def sample(model, noise, sigmas, positive, negative=None, cfg=1.0):
 
 
 def test_the_way_back_gives_the_clip(pack):
-    model, latents, positive = tiny_model(), clip_latents(3), prompt()
-    noise, sigmas, _, _ = invert(pack, model, latents, positive, "ddim", steps=40)
-    assert difference(sample(model, noise, sigmas, positive), latents["samples"]) < 0.03
+    model, latents, positive = tiny_model(), clip_latents(2), prompt()
+    model.model.diffusion_model.out[-1].weight.mul_(0.1)  # a smooth net: what an inversion takes for granted
+    error = {}
+    for steps in (5, 20):
+        noise, sigmas, _, _ = invert(pack, model, latents, positive, "ddim", steps)
+        error[steps] = difference(sample(model, noise, sigmas, positive), latents["samples"])
+    assert error[20] < 0.02 and error[20] < error[5] / 2, error
 
 
 def test_outputs_fit_together(pack):

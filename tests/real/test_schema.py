@@ -1,0 +1,78 @@
+"""What every node promises: names, tooltips, ranges, and the contract that shared workflows rely on."""
+
+import asyncio
+import inspect
+
+import pytest
+
+CONTRACT = {
+    "STEMDemoModel": ([], ["MODEL", "CLIP", "VAE"]),
+    "STEMDemoClip": (["seed", "frames", "size", "colour", "shape", "background"], ["IMAGE", "MASK", "STRING"]),
+    "STEMBasisEstimate": (
+        ["model", "latents", "positive", "steps", "num_bases", "em_iterations", "keyframes", "seed", "temperature", "blocks"],
+        ["STEM_BASIS"],
+    ),
+    "STEMInvertLatents": (
+        [
+            "model", "latents", "positive", "basis", "steps", "method", "num_bases", "em_iterations", "seed", "temperature",
+            "blocks", "frames_per_em",
+        ],
+        ["LATENT", "SIGMAS", "STEM_TRAJECTORY", "STEM_BASIS"],
+    ),
+    "STEMPatchModel": (
+        [
+            "model", "basis", "num_bases", "em_iterations", "seed", "start_percent", "end_percent", "temperature", "blocks",
+        ],
+        ["MODEL"],
+    ),
+}  # fmt: skip
+DEFAULTS = {
+    "steps": 50, "num_bases": 256, "em_iterations": 5, "keyframes": 16, "seed": 0, "temperature": 0.01, "method": "stem",
+    "frames_per_em": 0, "start_percent": 0.0, "end_percent": 1.0, "frames": 16, "size": 128,
+    "blocks": "all", "colour": "random", "shape": "random", "background": "random",
+}  # fmt: skip
+ADVANCED = {"temperature", "blocks", "frames_per_em"}
+
+
+def nodes_of(pack):
+    async def ask():
+        extension = await pack.comfy_entrypoint()
+        return await extension.get_node_list()
+
+    return {node.define_schema().node_id: node for node in asyncio.run(ask())}
+
+
+def test_ids_inputs_outputs_and_defaults_are_the_contract(pack):
+    found = {}
+    for name, node in nodes_of(pack).items():
+        schema = node.define_schema()
+        found[name] = ([i.id for i in schema.inputs], [o.io_type for o in schema.outputs])
+        for given in schema.inputs:
+            if hasattr(given, "default"):
+                assert given.default == DEFAULTS[given.id], (name, given.id)
+            assert bool(given.advanced) == (given.id in ADVANCED), (name, given.id)
+    assert found == CONTRACT
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_every_part_is_explained(pack, name):
+    schema = nodes_of(pack)[name].define_schema()
+    assert schema.description and schema.search_aliases and schema.display_name.startswith("STEM ")
+    for part in [*schema.inputs, *schema.outputs]:
+        assert part.tooltip and part.tooltip.endswith("."), part
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_execute_takes_the_inputs_of_the_schema(pack, name):
+    node = nodes_of(pack)[name]
+    inputs = {i.id: i for i in node.define_schema().inputs}
+    parameters = inspect.signature(node.execute).parameters
+    assert set(parameters) == set(inputs)
+    assert {n for n, p in parameters.items() if p.default is not p.empty} == {n for n, i in inputs.items() if i.optional}
+
+
+def test_sockets_come_first_and_advanced_widgets_last(pack):
+    for node in nodes_of(pack).values():
+        inputs = node.define_schema().inputs
+        rank = [0 if not hasattr(i, "default") else 2 if i.advanced else 1 for i in inputs]
+        assert rank == sorted(rank)

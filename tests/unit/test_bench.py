@@ -1,0 +1,150 @@
+"""What benchmarks do with their results: averages, tables, going on after an interruption. No model is run."""
+
+import json
+import math
+import time
+
+import pytest
+import torch
+
+from tools.bench import bases, clips, inversion, report
+from tools.bench.cost import Cost
+
+ONE, TWO = {"psnr": 30.0, "seconds": 2.0}, {"psnr": 20.0, "seconds": 4.0}
+
+
+def test_mean_is_taken_over_the_clips_of_each_method():
+    found = report.mean({"a": {"stem": ONE, "ddim": TWO}, "b": {"stem": TWO}})
+    assert found == {"stem": {"psnr": 25.0, "seconds": 3.0}, "ddim": TWO}
+
+
+def test_mean_of_nothing_is_nothing():
+    assert report.mean({}) == report.mean({"a": {}}) == {}
+
+
+def test_table_is_markdown_and_leaves_out_what_is_missing():
+    columns = {"psnr": ("PSNR", ".1f"), "seconds": ("s", ".0f")}
+    assert report.table({"stem": ONE, "vae": {"seconds": 0.4}}, columns, "method").splitlines() == [
+        "| method | PSNR | s |",
+        "| --- | ---: | ---: |",
+        "| stem | 30.0 | 2 |",
+        "| vae |  | 0 |",
+    ]
+
+
+def test_report_is_read_back_and_nothing_else_is_left(tmp_path):
+    path = tmp_path / "x.json"
+    assert report.load(path, {"steps": 5}) == {"settings": {"steps": 5}}
+    report.save(path, {"settings": {"steps": 5}, "clips": {"a": {"stem": ONE}}})
+    assert report.load(path, {"steps": 5})["clips"] == {"a": {"stem": ONE}}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_report_of_other_settings_is_not_overwritten(tmp_path):
+    report.save(tmp_path / "x.json", {"settings": {"steps": 5, "size": 128, "seed": 0}})
+    with pytest.raises(report.OtherSettingsError, match=r"another steps, seed, threads\. Delete it"):
+        report.load(tmp_path / "x.json", {"steps": 50, "size": 128, "threads": 2})
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The inversion benchmark with a model that yields still grey clips, and the list of what it was asked to do."""
+    asked = []
+
+    class Demo:
+        encode = text = staticmethod(lambda x: x)
+        decode = staticmethod(lambda x: 0.9 * x)
+
+    def measure(demo, what, source, kept, latents, positive, steps):
+        asked.append((source.prompt, what.ways_back, steps))
+        if len(asked) == measure.interrupted_at:
+            raise KeyboardInterrupt
+        return {name: {key: float(len(asked)) for key in inversion.MEASURES} for name in what.ways_back}
+
+    def clip(name):
+        return clips.Clip(torch.full((2, 16, 16, 3), 0.5), name, torch.zeros(1, 16, 16, 2), torch.ones(1, 16, 16))
+
+    measure.interrupted_at = None
+    monkeypatch.setattr(inversion, "load_demo", Demo)
+    monkeypatch.setattr(inversion, "environment", lambda demo: {"checkpoint": "0" * 64})
+    monkeypatch.setattr(inversion, "load_clip", clip)
+    monkeypatch.setattr(inversion, "measure", measure)
+    return asked, measure
+
+
+def test_all_clips_and_methods_are_measured(bench, tmp_path, capsys):
+    asked, _ = bench
+    inversion.run(tmp_path / "x.json", quick=False)
+    results = json.loads((tmp_path / "x.json").read_text())
+    methods = {"stem", "stem_fixed", "stem_plain", "stem_8", "ddim", "first_previous", "all_frames"}
+    assert len(asked) == 15 * 5 and {steps for *_, steps in asked} == {50}
+    assert len(results["clips"]) == 15 and all(set(found) == methods for found in results["clips"].values())
+    assert set(results["methods"]) == methods
+    assert set(results["methods"]["stem"]) == set(inversion.MEASURES)
+    assert results["settings"]["num_bases"] == 256
+    assert results["references"]["bikes.mp4"]["vae"]["psnr_source"] == pytest.approx(-20 * math.log10(0.05), abs=0.01)
+    printed = capsys.readouterr().out
+    assert all(title in printed for title in ("all clips (15)", "generated clips (12)", "real clips (3)"))
+    assert printed.count("| first_previous |") == 3
+
+
+def test_interrupted_run_goes_on_where_it_was(bench, tmp_path):
+    asked, measure = bench
+    measure.interrupted_at = 7
+    with pytest.raises(KeyboardInterrupt):
+        inversion.run(tmp_path / "x.json", quick=True)
+    before, measure.interrupted_at = asked.copy(), None
+    inversion.run(tmp_path / "x.json", quick=True)
+    assert before[6] == asked[7]
+    done = before[:6] + asked[7:]
+    assert len(done) == len(set(done)) == 3 * 5 and {steps for *_, steps in done} == {10}
+    asked.clear()
+    inversion.run(tmp_path / "x.json", quick=True)
+    assert asked == []
+
+
+def test_cost_is_the_highest_point_of_the_memory_and_the_time():
+    with Cost() as cost:
+        torch.ones(25_000_000)  # 100 MB, gone at once
+        time.sleep(0.05)
+    assert 0.05 <= cost.seconds < 5
+    assert 80 < cost.peak_mb < 200
+
+
+def test_one_basis_for_all_loses_all_variance_and_one_for_each_none():
+    x = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    for z, expected in ((torch.eye(6), 0.0), (torch.ones(6, 1), 1.0)):
+        z = z.expand(2, *z.shape)
+        assert bases.lost(x, z, z.sum(1)) == pytest.approx(expected, abs=1e-3)
+
+
+def test_look_at_tokens_that_all_bases_share_alike():
+    """Equal tokens: every basis starts at them, and each has the same part of every token."""
+    keys = torch.full((2, 512, 4), 0.5)
+    found = bases.look(keys, keys, seed=0)
+    assert found["entropy"] == pytest.approx(math.log(256), rel=1e-4)
+    assert found["certainty"] == pytest.approx(1 / 256, rel=1e-3)
+    assert found["dead"] == 0 and found["tokens"] == 512
+    assert found["key_norm"] == pytest.approx(1) and found["sharpness"] == pytest.approx(100)
+
+
+def test_bases_that_no_token_chooses_are_dead():
+    """Two opposite directions that the initial bases, spread around the mean, fall to by their sign."""
+    keys = torch.tensor([3.0, -3.0]).repeat(64)[None, :, None] * torch.ones(1, 1, 4)
+    found = bases.look(keys, keys, seed=0)
+    assert found["certainty"] > 0.5 and found["dead"] > 200
+    assert found["lost_keys"] < 1e-3
+
+
+def test_tokens_are_caught_at_the_chosen_levels_only():
+    class Call:
+        block, heads, sigma, frames = "input_1", 2, 1.0, [0, 1]
+
+    caught = bases.CaughtTokens(lambda k, v, call: iter(["context"]), torch.tensor([0.5, 2.0]))
+    k = torch.arange(2 * 3 * 4.0).reshape(2, 3, 4)
+    assert list(caught(k, -k, Call)) == ["context"] and not caught.found
+    Call.sigma = 2.00001
+    assert list(caught(k, -k, Call)) == ["context"]
+    ((key, (tokens, keys, values)),) = caught.found.items()
+    assert key == (1, "input_1") and tokens == 3
+    assert keys.shape == (2, 6, 2) and torch.equal(values, -keys)

@@ -1,0 +1,29 @@
+"""python -m tools.bench {inversion,bases} [--quick] [--json FILE]"""
+
+import argparse
+from pathlib import Path
+
+from tools import bootstrap
+from tools.bench import bases, inversion
+
+BENCHMARKS = {"inversion": inversion.run, "bases": bases.run}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench",
+        description="Measurements on the demo model. The file is written as they go on; after an interruption the same words "
+        "go on from it.",
+    )
+    parser.add_argument("what", choices=BENCHMARKS, help="ways of inverting compared, or the bases looked at")
+    parser.add_argument("--quick", action="store_true", help="few clips and 10 steps")
+    parser.add_argument("--json", type=Path, help="results (default: output/bench/<what>[-quick].json)")
+    args = parser.parse_args()
+    name = args.what + ("-quick" if args.quick else "")
+    path = args.json or bootstrap.ROOT / "output" / "bench" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    BENCHMARKS[args.what](path, args.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""What the bases of STEM inversion are like: how many live, how sharply tokens choose them, how much they keep.
+
+Keys and values are caught in a STEM inversion of the whole clip, EM is run over them as the inversion does, and the
+responsibilities of its last step are looked at. Figures are means over the heads and over the blocks of one resolution.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+from stem.attention import pool_tokens
+from stem.basis import BasisSettings
+from stem.ddim import noise_levels
+from stem.em import EPSILON, derive_seed, estimate_basis, initial_bases
+from tools.bench import report
+from tools.bench.clips import GENERATED, Demo, environment, load_clip, load_demo
+
+CLIPS = (GENERATED[0], "bikes.mp4")
+STEPS, QUICK_STEPS = 50, 10
+NUM_BASES, ITERATIONS, TEMPERATURE, SEED = 256, 5, 0.01, 0  # the nodes' defaults
+DEAD = 1e-3  # tokens: a basis with less of them in all is dead
+COLUMNS = {
+    "tokens": ("tokens", ".0f"),
+    "dead": ("dead bases", ".1f"),
+    "certainty": ("mean max responsibility", ".3f"),
+    "entropy": ("entropy (nats)", ".3f"),
+    "key_norm": ("norm of keys", ".2f"),
+    "sharpness": ("norm / temperature", ".0f"),
+    "lost_keys": ("keys lost", ".1%"),
+    "lost_values": ("values lost", ".1%"),
+}
+MEASURES = {
+    "tokens": "of all frames together, for 256 bases",
+    "dead": f"bases that share less than {DEAD} tokens",
+    "certainty": "responsibility of a token's first choice",
+    "entropy": "of a token's responsibilities",
+    "key_norm": "mean norm of the keys",
+    "sharpness": "mean norm of the keys over the temperature: what multiplies the cosine in the softmax over bases",
+    "lost_keys": "share of the keys' variance that is lost when each token is replaced by its bases",
+    "lost_values": "the same of the values",
+}
+
+
+class CaughtTokens:
+    """A choice of context that is STEM's, and keeps the keys and values it is called with at some noise levels."""
+
+    def __init__(self, choice: Any, sigmas: Tensor):
+        self.choice, self.sigmas = choice, sigmas
+        self.found: dict[tuple[int, str], tuple[int, Tensor, Tensor]] = {}  # level, block -> tokens a frame, k, v
+
+    def __call__(self, k: Tensor, v: Tensor, call: Any) -> Iterator:
+        for level, sigma in enumerate(self.sigmas.tolist()):
+            if abs(sigma - call.sigma) < 1e-4 * sigma:
+                pooled = (pool_tokens(x, call.heads).clone() for x in (k, v))
+                self.found[level, call.block] = (k.shape[1], *pooled)
+        yield from self.choice(k, v, call)
+
+
+def run(path: Path, quick: bool) -> None:
+    """Looks at the bases of the clips that the file does not hold yet, and prints the table."""
+    demo = load_demo()
+    steps = QUICK_STEPS if quick else STEPS
+    settings = {
+        "steps": steps,
+        "num_bases": NUM_BASES,
+        "iterations": ITERATIONS,
+        "temperature": TEMPERATURE,
+        **environment(demo),
+        "measures": MEASURES,
+    }
+    results = report.load(path, settings)
+    clips = results.setdefault("clips", {})
+    for name in CLIPS[:1] if quick else CLIPS:
+        if name not in clips:
+            clips[name] = by_resolution(catch(demo, name, steps))
+            report.save(path, results)
+    rows = {f"{name}, {row}": found for name, group in clips.items() for row, found in group.items()}
+    print(report.table(rows, COLUMNS, "clip, noise level, tokens a frame"))
+
+
+def catch(demo: Demo, name: str, steps: int) -> CaughtTokens:
+    """Inverts a clip and keeps the tokens of the first, the middle and the last noise level."""
+    bridge = demo.pack.nodes.bridge
+    source = load_clip(name)
+    layout = bridge.layout.read_layout(demo.model)
+    levels = noise_levels(demo.model.get_model_object("model_sampling").sigmas, steps)[1:]
+    settings = BasisSettings(NUM_BASES, ITERATIONS, TEMPERATURE, SEED, frames_per_em=0)
+    choice = CaughtTokens(
+        bridge.self_attention.EstimatedBases(settings), levels[[0, steps // 2, steps - 1]]
+    )
+    bridge.inversion.invert(
+        demo.model,
+        layout,
+        bridge.layout.choose_blocks(layout, "all"),
+        choice,
+        demo.encode(source.images)["samples"],
+        demo.text(source.prompt),
+        steps,
+        "stem",
+        settings,
+    )
+    return choice
+
+
+def by_resolution(caught: CaughtTokens) -> dict[str, report.Measures]:
+    """Means over the blocks of every noise level and resolution."""
+    blocks: report.Clips = {}
+    for (level, block), (tokens, keys, values) in caught.found.items():
+        row = f"sigma {float(caught.sigmas[level]):.2f}, {tokens}"
+        blocks.setdefault(block, {})[row] = look(keys.float(), values.float(), derive_seed(SEED, block, level))
+    return report.mean(blocks)
+
+
+def look(keys: Tensor, values: Tensor, seed: int) -> report.Measures:
+    """The bases of one block's tokens (h, n, d), and the last responsibilities z that made them."""
+    mu = initial_bases(keys, NUM_BASES, seed)
+    mu, _ = estimate_basis(keys, values, NUM_BASES, ITERATIONS - 1, TEMPERATURE, initial=mu)
+    z = torch.softmax(keys @ (mu / (mu.norm(dim=-1, keepdim=True) + EPSILON)).mT / TEMPERATURE, dim=-1)
+    mass = reduce(z, "h n m -> h m", "sum")
+    norm = keys.norm(dim=-1).mean()
+    return {
+        "tokens": keys.shape[1],
+        "dead": (mass < DEAD).sum(-1).double().mean().item(),
+        "certainty": z.amax(-1).mean().item(),
+        "entropy": torch.special.entr(z).sum(-1).mean().item(),
+        "key_norm": norm.item(),
+        "sharpness": norm.item() / TEMPERATURE,
+        "lost_keys": lost(keys, z, mass),
+        "lost_values": lost(values, z, mass),
+    }
+
+
+def lost(x: Tensor, z: Tensor, mass: Tensor) -> float:
+    """Share of the variance of tokens (h, n, d) that is lost in z @ means, the means weighed by z (h, n, m)."""
+    means = z.mT @ x / (mass[..., None] + EPSILON)
+    return ((z @ means - x).square().sum() / (x - x.mean(1, keepdim=True)).square().sum()).item()

@@ -1,0 +1,73 @@
+"""The clips that benchmarks run on, and the model that they run through."""
+
+import hashlib
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from stem.metrics import estimate_flow
+from stem.scenes import caption, random_scene, render
+from tools import bootstrap, comfy
+from tools.training_data import REAL_CLIPS, real_frames
+
+FRAMES, SIZE = 16, 128
+GENERATED = tuple(f"scene {seed}" for seed in range(12))
+
+
+class Clip(NamedTuple):
+    """A source clip."""
+
+    images: Tensor  # (f, height, width, 3) in 0..1
+    prompt: str
+    flow: Tensor  # (f - 1, height, width, 2): exact of generated clips, estimated of real ones
+    valid: Tensor  # (f - 1, height, width): where the flow holds
+
+
+class Demo(NamedTuple):
+    """The demo model in a ComfyUI in this process."""
+
+    pack: ModuleType
+    core: ModuleType  # core's stock nodes
+    model: Any
+    clip: Any
+    vae: Any
+    checkpoint: str  # SHA-256 of the file
+
+    def text(self, prompt: str) -> list:
+        return self.core.CLIPTextEncode().encode(self.clip, prompt)[0]
+
+    def encode(self, images: Tensor) -> dict:
+        return self.core.VAEEncode().encode(self.vae, images)[0]
+
+    def decode(self, latents: dict) -> Tensor:
+        return self.core.VAEDecode().decode(self.vae, latents)[0]
+
+
+def load_clip(name: str) -> Clip:
+    """A clip of FRAMES frames of SIZE x SIZE pixels, by a name of GENERATED or REAL_CLIPS."""
+    if name in GENERATED:
+        scene = random_scene(GENERATED.index(name), FRAMES, SIZE, SIZE)
+        clip = render(scene)
+        return Clip(clip.images, caption(scene), clip.flow, clip.visible)
+    frames = real_frames(bootstrap.locations().clips, name, SIZE)[:FRAMES]
+    left = (frames.shape[-1] - SIZE) // 2
+    images = rearrange(frames[..., left : left + SIZE], "f c y x -> f y x c") / 255
+    return Clip(images, REAL_CLIPS[name][0], *estimate_flow(images))
+
+
+def load_demo() -> Demo:
+    pack = comfy.start()
+    import comfy.utils as core_utils
+    import nodes as core
+
+    core_utils.set_progress_bar_enabled(False)
+    checkpoint = hashlib.sha256(pack.nodes.bridge.demo_model.CHECKPOINT.read_bytes()).hexdigest()
+    return Demo(pack, core, *pack.nodes.demo.STEMDemoModel.execute().result, checkpoint)
+
+
+def environment(demo: Demo) -> dict[str, Any]:
+    """What results depend on beside the clips."""
+    return {"checkpoint": demo.checkpoint, "torch": torch.__version__, "threads": torch.get_num_threads()}
