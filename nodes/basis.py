@@ -28,8 +28,8 @@ class STEMBasisEstimate(io.ComfyNode):
             node_id="STEMBasisEstimate",
             display_name="STEM Basis Estimate",
             category=CATEGORY,
-            description="Finds the bases that stand for a whole video, from keyframes spread evenly over it. With this basis every "
-            "frame can be inverted on its own, so a long clip can be split into batches without a seam.",
+            description="Finds the bases that stand for a whole video, from keyframes spread evenly over it. With this basis "
+            "every frame can be inverted on its own, so a long clip can be split into batches without a seam.",
             search_aliases=["video basis", "expectation maximisation", "em bases", "256 bases", "stem inversion"],
             inputs=[
                 io.Model.Input("model", tooltip="The image model that will invert and edit the clip (SD1.x, SD2.x, SDXL)."),
@@ -43,8 +43,8 @@ class STEMBasisEstimate(io.ComfyNode):
                     default=16,
                     min=0,
                     max=4096,
-                    tooltip="Frames to estimate from, evenly spread; they are inverted together. 0 = all frames. More see more of "
-                    "the clip and need more memory.",
+                    tooltip="Frames to estimate from, evenly spread; they are inverted together. 0 = all frames. More see more "
+                    "of the clip and need more memory.",
                 ),
                 seed_input(),
                 temperature_input(),
@@ -70,9 +70,7 @@ class STEMBasisEstimate(io.ComfyNode):
             names = choose_blocks(layout, blocks)
             settings = BasisSettings(num_bases, em_iterations, temperature, seed, frames_per_em=0)
             conditioning = select_frames(positive, ids, frames)
-            run = invert(
-                model, layout, names, EstimatedBases(settings), samples[ids], conditioning, steps, "stem", settings
-            )
+            run = invert(model, layout, names, EstimatedBases(settings), samples[ids], conditioning, steps, "stem", settings)
             return io.NodeOutput(run.record.basis(tuple(ids), frames, settings, layout.model))
 
 

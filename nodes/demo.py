@@ -16,8 +16,8 @@ class STEMDemoModel(io.ComfyNode):
             node_id="STEMDemoModel",
             display_name="STEM Demo Model",
             category=f"{CATEGORY}/demo",
-            description="A tiny Stable Diffusion 1.5 that ships with this pack. It knows coloured shapes on five backgrounds at "
-            "128 x 128 pixels, runs on any computer and makes every STEM workflow work without a download.",
+            description="A tiny Stable Diffusion 1.5 that ships with this pack. It knows coloured shapes on five backgrounds "
+            "at 128 x 128 pixels, runs on any computer and makes every STEM workflow work without a download.",
             search_aliases=["demo checkpoint", "tiny model", "test model", "stem checkpoint"],
             inputs=[],
             outputs=[

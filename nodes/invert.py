@@ -37,21 +37,22 @@ class STEMInvertLatents(io.ComfyNode):
                 io.Model.Input("model", tooltip="An image model (SD1.x, SD2.x, SDXL) with any LoRA or motion module on it."),
                 io.Latent.Input("latents", tooltip="All frames of the clip, from VAE Encode. A noise mask is not used."),
                 io.Conditioning.Input(
-                    "positive", tooltip="Prompt that describes the source clip; any ControlNet applied to it acts on the way."
+                    "positive",
+                    tooltip="Prompt that describes the source clip; any ControlNet applied to it acts on the way.",
                 ),
                 StemBasis.Input(
                     "basis",
                     optional=True,
-                    tooltip="Fixed bases from STEM Basis Estimate: every frame is then inverted on its own against them. Without "
-                    "it the bases are estimated from all frames together.",
+                    tooltip="Fixed bases from STEM Basis Estimate: every frame is then inverted on its own against them. "
+                    "Without it the bases are estimated from all frames together.",
                 ),
                 steps_input(),
                 io.Combo.Input(
                     "method",
                     options=["stem", *BASELINES],
                     default="stem",
-                    tooltip="What each frame's self-attention reads. stem: bases of the whole video. ddim: the frame alone, as in "
-                    "plain DDIM inversion. first_previous: the first and the previous frame. all_frames: every frame, slow.",
+                    tooltip="What each frame's self-attention reads. stem: bases of the whole video. ddim: the frame alone, as "
+                    "in plain DDIM inversion. first_previous: the first and the previous frame. all_frames: every frame, slow.",
                 ),
                 num_bases_input(),
                 em_iterations_input(),
@@ -67,9 +68,7 @@ class STEMInvertLatents(io.ComfyNode):
                 ),
                 io.Sigmas.Output(display_name="sigmas", tooltip="Noise levels for sampling from this noise, highest first."),
                 StemTrajectory.Output(display_name="trajectory", tooltip="The latents of every noise level, for the editors."),
-                StemBasis.Output(
-                    display_name="basis", tooltip="The bases that were used (method stem), for STEM Patch Model."
-                ),
+                StemBasis.Output(display_name="basis", tooltip="The bases that were used (method stem), for STEM Patch Model."),
             ],
         )
 
@@ -108,9 +107,7 @@ class STEMInvertLatents(io.ComfyNode):
         if basis is None:
             basis = _recorded_basis(run, method, len(samples))
         kept = {name: value for name, value in latents.items() if name != "noise_mask"}
-        return io.NodeOutput(
-            {**kept, "samples": run.latents}, run.trajectory.sigmas.flip(0), run.trajectory, basis
-        )
+        return io.NodeOutput({**kept, "samples": run.latents}, run.trajectory.sigmas.flip(0), run.trajectory, basis)
 
 
 def _recorded_basis(run: Inversion, method: str, frames: int) -> Basis | ExecutionBlocker:

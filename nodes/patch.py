@@ -24,16 +24,16 @@ class STEMPatchModel(io.ComfyNode):
             node_id="STEMPatchModel",
             display_name="STEM Patch Model",
             category=CATEGORY,
-            description="Lets all frames of a clip share a few bases in the model's self-attention, in any sampler. Use it when "
-            "you sample from noise that STEM Invert Latents found.",
+            description="Lets all frames of a clip share a few bases in the model's self-attention, in any sampler. Use it "
+            "when you sample from noise that STEM Invert Latents found.",
             search_aliases=["stem attention", "video consistency", "shared attention", "consistent frames"],
             inputs=[
                 io.Model.Input("model", tooltip="An image model: SD1.x, SD2.x or SDXL."),
                 StemBasis.Input(
                     "basis",
                     optional=True,
-                    tooltip="Fixed bases of the source clip. Without it, bases are estimated anew at every step from the frames "
-                    "that are being sampled, as the paper's official code does.",
+                    tooltip="Fixed bases of the source clip. Without it, bases are estimated anew at every step from the "
+                    "frames that are being sampled, as the paper's official code does.",
                 ),
                 num_bases_input(),
                 em_iterations_input(),
@@ -57,7 +57,9 @@ class STEMPatchModel(io.ComfyNode):
                 temperature_input(),
                 blocks_input(),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="A copy of the model with STEM attention, for any sampler.")],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="A copy of the model with STEM attention, for any sampler.")
+            ],
         )
 
     @classmethod

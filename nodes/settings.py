@@ -78,7 +78,8 @@ def blocks_input() -> io.String.Input:
         "blocks",
         default="all",
         advanced=True,
-        tooltip='Self-attention blocks to act on: "all", or names separated by commas, such as "output" or "input_4, output_4-8".',
+        tooltip='Self-attention blocks to act on: "all", or names separated by commas, such as "output" or "input_4, '
+        'output_4-8".',
     )
 
 
@@ -89,6 +90,6 @@ def frames_per_em_input() -> io.Int.Input:
         min=0,
         max=4096,
         advanced=True,
-        tooltip="Frames that share one set of bases: 0 = all frames of the clip, as the paper describes it; 8 = what its official "
-        "code does.",
+        tooltip="Frames that share one set of bases: 0 = all frames of the clip, as the paper describes it; 8 = what its "
+        "official code does.",
     )

@@ -83,9 +83,7 @@ def check_basis(basis: Basis, model: ModelFingerprint, blocks: tuple[str, ...] |
     layouts = {layout.name: layout for layout in model.blocks}
     for block in basis.blocks if blocks is None else blocks:
         if block not in layouts:
-            raise ValueError(
-                f'the model has no self-attention block "{block}"; estimate a basis with this model.'
-            )
+            raise ValueError(f'the model has no self-attention block "{block}"; estimate a basis with this model.')
         layout = layouts[block]
         keys, _ = bases_at(basis, block, basis.sigmas[0])
         heads, _, head_dim = keys.shape

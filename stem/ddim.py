@@ -42,13 +42,9 @@ def noise_levels(sigmas: Tensor, steps: int) -> Tensor:
         ValueError: steps out of range. As many steps as timesteps would ask for one timestep too many.
     """
     if sigmas.ndim != 1:
-        raise ValueError(
-            f"sigmas have the shape {tuple(sigmas.shape)}; needed is one per timestep, (timesteps,)."
-        )
+        raise ValueError(f"sigmas have the shape {tuple(sigmas.shape)}; needed is one per timestep, (timesteps,).")
     if not 1 <= steps < len(sigmas):
-        raise ValueError(
-            f"steps is {steps}; choose 1 to {len(sigmas) - 1} for a model with {len(sigmas)} timesteps."
-        )
+        raise ValueError(f"steps is {steps}; choose 1 to {len(sigmas) - 1} for a model with {len(sigmas)} timesteps.")
     stride = len(sigmas) // steps
     timesteps = torch.tensor([0, *(1 + i * stride for i in range(steps))], device=sigmas.device)
     return sigmas[timesteps]
@@ -95,9 +91,7 @@ def predicted_noise(x: Tensor, denoised: Tensor, sigma: float | Tensor) -> Tenso
     return (x - denoised) / sigma
 
 
-def inversion_update(
-    x: Tensor, denoised: Tensor, source: float | Tensor, destination: float | Tensor
-) -> Tensor:
+def inversion_update(x: Tensor, denoised: Tensor, source: float | Tensor, destination: float | Tensor) -> Tensor:
     """One step up, from `source` to `destination`: x + (destination - source) eps.
 
     Args:
@@ -110,9 +104,7 @@ def inversion_update(
     return x + (destination - source) * eps
 
 
-def sampling_update(
-    x: Tensor, denoised: Tensor, source: float | Tensor, destination: float | Tensor
-) -> Tensor:
+def sampling_update(x: Tensor, denoised: Tensor, source: float | Tensor, destination: float | Tensor) -> Tensor:
     """One step down, from `source` to `destination`, DDIM with eta 0, an Euler step in x.
 
     Args:

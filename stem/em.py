@@ -151,17 +151,11 @@ def _working_dtype(keys: Tensor) -> torch.dtype:
 
 def _check_arguments(keys, values, num_bases, iterations, temperature, initial, method, block_tokens) -> None:
     if keys.ndim != 3 or 0 in keys.shape:
-        raise ValueError(
-            f"keys have the shape {tuple(keys.shape)}; give (heads, tokens, channels), none of them 0."
-        )
+        raise ValueError(f"keys have the shape {tuple(keys.shape)}; give (heads, tokens, channels), none of them 0.")
     if values.shape != keys.shape:
-        raise ValueError(
-            f"values have the shape {tuple(values.shape)}; give that of the keys, {tuple(keys.shape)}."
-        )
+        raise ValueError(f"values have the shape {tuple(values.shape)}; give that of the keys, {tuple(keys.shape)}.")
     if not keys.is_floating_point() or values.dtype != keys.dtype:
-        raise ValueError(
-            f"keys are {keys.dtype}, values {values.dtype}; give both in one floating-point dtype."
-        )
+        raise ValueError(f"keys are {keys.dtype}, values {values.dtype}; give both in one floating-point dtype.")
     for name, number in (
         ("num_bases", num_bases),
         ("iterations", iterations),
@@ -170,14 +164,10 @@ def _check_arguments(keys, values, num_bases, iterations, temperature, initial, 
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}; give at least 1.")
     if not temperature > 0:
-        raise ValueError(
-            f"temperature is {temperature}; give a number above 0 (the official code uses 0.01)."
-        )
+        raise ValueError(f"temperature is {temperature}; give a number above 0 (the official code uses 0.01).")
     needed = (keys.shape[0], num_bases, keys.shape[2])
     if initial is not None and tuple(initial.shape) != needed:
-        raise ValueError(
-            f"initial has the shape {tuple(initial.shape)}; give (heads, bases, channels) = {needed}."
-        )
+        raise ValueError(f"initial has the shape {tuple(initial.shape)}; give (heads, bases, channels) = {needed}.")
     if method not in ("auto", "dense", "blockwise"):
         raise ValueError(f'method is "{method}"; give "auto", "dense" or "blockwise".')
 

@@ -108,15 +108,12 @@ def estimate_flow(images: Tensor) -> tuple[Tensor, Tensor]:
     2010.
     """
     if len(images) < 2 or min(images.shape[1:3]) < 16:
-        raise ValueError(
-            f"images have the shape {tuple(images.shape)}; give two frames of 16x16 pixels or more."
-        )
+        raise ValueError(f"images have the shape {tuple(images.shape)}; give two frames of 16x16 pixels or more.")
     grey = reduce(images, "f height width c -> f 1 height width", "mean")
     forth, back = _lucas_kanade(grey[:-1], grey[1:]), _lucas_kanade(grey[1:], grey[:-1])
     returned, inside = warp(back, forth)
     gap, *lengths = (
-        reduce(x**2, "f height width xy -> f height width", "sum")
-        for x in (forth + returned, forth, returned)
+        reduce(x**2, "f height width xy -> f height width", "sum") for x in (forth + returned, forth, returned)
     )
     return forth, inside * (gap <= 0.01 * sum(lengths) + 0.25)
 

@@ -131,9 +131,7 @@ def random_scene(
     return Scene(seed, frames, height, width, background or names[2], camera, (main, other)[:count])
 
 
-def edit_scene(
-    scene: Scene, colour: str | None = None, shape: str | None = None, background: str | None = None
-) -> Scene:
+def edit_scene(scene: Scene, colour: str | None = None, shape: str | None = None, background: str | None = None) -> Scene:
     """The same scene with the main shape's colour or form, or the background, replaced: the truth of an edit."""
     main = scene.figures[0]
     main = main._replace(colour=colour or main.colour, shape=shape or main.shape)
@@ -156,9 +154,7 @@ def render(scene: Scene, moments: Sequence[int] | None = None) -> Clip:
         moments: Numbers of the frames to draw; None draws all. The flow leads from each drawn frame to the next.
     """
     unit = min(scene.height, scene.width) / 128
-    y, x = torch.meshgrid(
-        (torch.arange(scene.height) + 0.5) / unit, (torch.arange(scene.width) + 0.5) / unit, indexing="ij"
-    )
+    y, x = torch.meshgrid((torch.arange(scene.height) + 0.5) / unit, (torch.arange(scene.width) + 0.5) / unit, indexing="ij")
     here = torch.stack([x, y], -1)  # (height, width, 2), in units
     time = torch.linspace(0, 1, scene.frames) if scene.frames > 1 else torch.zeros(1)
     time = time if moments is None else time[list(moments)]
@@ -258,34 +254,22 @@ def _texture(scene: Scene, at: Tensor) -> Tensor:
                 _uniform(g, low, high),
                 _uniform(g, 0, 2 * math.pi),
             )
-            total += torch.cos(
-                (x * math.cos(angle) * stretch + y * math.sin(angle)) * (2 * math.pi / length) + phase
-            )
+            total += torch.cos((x * math.cos(angle) * stretch + y * math.sin(angle)) * (2 * math.pi / length) + phase)
         return total / math.sqrt(count)
 
     if scene.background == "grass":
         tone = 0.5 + 0.22 * clouds(6, 16, 40, stretch=1.6)
     elif scene.background == "sand":
-        tone = (
-            0.5
-            + 0.20 * torch.sin((y + 0.3 * x) * (2 * math.pi / 22) + 0.8 * clouds(3, 50, 90))
-            + 0.12 * clouds(4, 24, 60)
-        )
+        tone = 0.5 + 0.20 * torch.sin((y + 0.3 * x) * (2 * math.pi / 22) + 0.8 * clouds(3, 50, 90)) + 0.12 * clouds(4, 24, 60)
     elif scene.background == "bricks":
         row = torch.floor(y / 20)
         across = (x + 20 * (row % 2)) % 40
         gap = torch.minimum(torch.minimum(across, 40 - across), torch.minimum(y % 20, 20 - y % 20))
         tone = 0.12 + 0.88 * (1 - (gap - 1.0).clamp(0, 3) / 3) + 0.05 * clouds(4, 24, 60)
     elif scene.background == "water":
-        tone = (
-            0.5
-            + 0.30 * torch.sin(y * (2 * math.pi / 18) + 1.5 * clouds(3, 40, 80))
-            + 0.08 * clouds(3, 24, 60)
-        )
+        tone = 0.5 + 0.30 * torch.sin(y * (2 * math.pi / 18) + 1.5 * clouds(3, 40, 80)) + 0.08 * clouds(3, 24, 60)
     else:
-        tone = (
-            0.5 + 0.5 * (4 * torch.sin(x * (math.pi / 22)) * torch.sin(y * (math.pi / 22))).clamp(-1, 1) * 0.8
-        )
+        tone = 0.5 + 0.5 * (4 * torch.sin(x * (math.pi / 22)) * torch.sin(y * (math.pi / 22))).clamp(-1, 1) * 0.8
     return tone.clamp(0, 1)
 
 

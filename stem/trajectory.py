@@ -20,9 +20,7 @@ class InversionSettings(NamedTuple):
 
 
 class Trajectory(NamedTuple):
-    latents: (
-        Tensor  # (t+1, f, c, height, width) x = z0 + sigma eps in the model's scale, clean to noisiest, CPU
-    )
+    latents: Tensor  # (t+1, f, c, height, width) x = z0 + sigma eps in the model's scale, clean to noisiest, CPU
     sigmas: Tensor  # (t+1,) level of each, ascending, CPU
     conditioning: list  # of the source prompt, as the host gave it; opaque here
     settings: InversionSettings

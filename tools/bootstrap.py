@@ -38,9 +38,7 @@ PACK = "stem-video-inversion"
 FORMAT = 1  # raise it when the layout of the environment changes
 SUPPORTED = ((3, 11), (3, 14))  # diffusers begins with the first, torchaudio ends with the last
 TORCH = ("torch==2.14.1", "torchvision==0.29.1")
-TORCHAUDIO = (
-    "torchaudio==2.11.0"  # the newest there is; it asks for no particular torch, but pip must not change ours
-)
+TORCHAUDIO = "torchaudio==2.11.0"  # the newest there is; it asks for no particular torch, but pip must not change ours
 
 
 class Archive(NamedTuple):
@@ -73,9 +71,7 @@ class SetupError(Exception):
 
 
 class Locations(NamedTuple):
-    environment: (
-        Path  # what set-up makes: stamps, log, downloads and, unless COMFYUI_PATH is given, all below
-    )
+    environment: Path  # what set-up makes: stamps, log, downloads and, unless COMFYUI_PATH is given, all below
     python: Path
     comfyui: Path
     base_directory: Path  # ComfyUI's --base-directory for this checkout
@@ -273,9 +269,7 @@ def extract_folder(archive: Path, folder: PurePosixPath, target: Path) -> None:
             if ".." not in path.parts and not path.is_relative_to(folder):
                 continue
             if ".." in path.parts or not (member.isfile() or member.isdir()):
-                raise SetupError(
-                    f"{archive.name} holds {member.name}, which is unsafe to extract. Nothing was used."
-                )
+                raise SetupError(f"{archive.name} holds {member.name}, which is unsafe to extract. Nothing was used.")
             place = target / path.relative_to(folder)
             if member.isdir():
                 place.mkdir(parents=True, exist_ok=True)
@@ -318,9 +312,7 @@ def pip(arguments: Sequence[str | Path], where: Locations) -> None:
 def run(command: Sequence[str | Path], where: Locations) -> None:
     """Run a command with its output in setup.log, whose end is in the error when it fails."""
     command = [str(part) for part in command]
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")
-    }
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     log = where.environment / "setup.log"
     with log.open("a", encoding="utf-8") as sink:
         print(f"\n$ {shlex.join(command)}", file=sink, flush=True)
@@ -371,9 +363,7 @@ def locked(path: Path, out: TextIO) -> Iterator[None]:
     """Hold a lock between processes; the system frees it when its holder ends, however that happens."""
     with path.open("a") as file:
         if not try_lock(file):
-            print(
-                "Another set-up of the same environment is running; waiting for it ...", file=out, flush=True
-            )
+            print("Another set-up of the same environment is running; waiting for it ...", file=out, flush=True)
             while not try_lock(file):
                 time.sleep(1)
         yield
@@ -437,9 +427,7 @@ def setup(out: TextIO, tests: bool = False) -> Locations:
     else:
         check_python()
         stages = STAGES
-        if (
-            not where.python.exists()
-        ):  # never made, or its base Python is gone: nothing that was installed counts
+        if not where.python.exists():  # never made, or its base Python is gone: nothing that was installed counts
             shutil.rmtree(where.environment / "stamps", ignore_errors=True)
     if not all(stamp(stage, where.environment).exists() for stage in stages):
         print(f"Environment: {where.environment}", file=out, flush=True)
@@ -449,17 +437,13 @@ def setup(out: TextIO, tests: bool = False) -> Locations:
     return where
 
 
-def check_python(
-    version: tuple[int, int] = sys.version_info[:2], bits: int = sys.maxsize.bit_length() + 1
-) -> None:
+def check_python(version: tuple[int, int] = sys.version_info[:2], bits: int = sys.maxsize.bit_length() + 1) -> None:
     low, high = (".".join(map(str, limit)) for limit in SUPPORTED)
     if SUPPORTED[0] <= version <= SUPPORTED[1] and bits == 64:
         return
     names = [f"python3.{minor}" for minor in range(SUPPORTED[1][1], SUPPORTED[0][1] - 1, -1)]
     found = next((name for name in names if shutil.which(name)), None)
-    advice = (
-        f"Run make with PYTHON3={found}." if found else f"Install one, then run make with PYTHON3={names[1]}."
-    )
+    advice = f"Run make with PYTHON3={found}." if found else f"Install one, then run make with PYTHON3={names[1]}."
     raise SetupError(
         f"This is Python {'.'.join(map(str, version))} with {bits} bits ({sys.executable}); {TORCH[0]} and "
         f"the packages beside it have wheels for 64-bit Python {low} to {high}.\n{advice}"
@@ -470,9 +454,7 @@ def check_existing(where: Locations, tests: bool) -> None:
     """The Python of an existing ComfyUI must have torch and, for tests, the tools."""
     pins = [line for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
     names = [pin.partition("==")[0] for pin in pins]
-    code = (
-        "import sys, importlib.util as u, torch; print(*[n for n in sys.argv[1:] if u.find_spec(n) is None])"
-    )
+    code = "import sys, importlib.util as u, torch; print(*[n for n in sys.argv[1:] if u.find_spec(n) is None])"
     probe = subprocess.run([where.python, "-c", code, *names], capture_output=True, text=True, check=False)
     if probe.returncode != 0:
         raise SetupError(
@@ -501,9 +483,7 @@ def make_base_directory(folder: Path) -> None:
         pass
     except OSError as error:
         if os.name != "nt":
-            raise SetupError(
-                f"{link} cannot be made a link to {ROOT}: {error}\nRemove it and try again."
-            ) from error
+            raise SetupError(f"{link} cannot be made a link to {ROOT}: {error}\nRemove it and try again.") from error
         import _winapi  # a junction needs no privilege, a symbolic link does
 
         _winapi.CreateJunction(str(ROOT), str(link))
@@ -523,13 +503,9 @@ def interrupted(*_: object) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", choices=("setup", "which-python", "env"), default="setup")
-    parser.add_argument(
-        "--tests", action="store_true", help="with COMFYUI_PATH: demand the tools for tests too"
-    )
+    parser.add_argument("--tests", action="store_true", help="with COMFYUI_PATH: demand the tools for tests too")
     options = parser.parse_args(arguments)
     try:
         if options.command == "setup":

@@ -86,17 +86,13 @@ def put_first(comfyui: Path) -> None:
     root = bootstrap.ROOT
     taken = getattr(sys.modules.get("nodes"), "__file__", None)
     if taken and Path(taken).resolve().is_relative_to(root):
-        raise ImportError(
-            f"{taken} was imported as `nodes`, which is ComfyUI's name. Import it through start()."
-        )
+        raise ImportError(f"{taken} was imported as `nodes`, which is ComfyUI's name. Import it through start().")
     others = [entry for entry in sys.path if Path(entry).resolve() not in (root, comfyui.resolve())]
     sys.path[:] = [str(comfyui), *others, str(root)]
 
 
 def load_pack(root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        ALIAS, root / "__init__.py", submodule_search_locations=[str(root)]
-    )
+    spec = importlib.util.spec_from_file_location(ALIAS, root / "__init__.py", submodule_search_locations=[str(root)])
     pack = importlib.util.module_from_spec(spec)
     sys.modules[ALIAS] = pack
     try:
@@ -210,9 +206,7 @@ class Server:
             raise refusal(answer)
         return answer["prompt_id"]
 
-    def run(
-        self, graph: Graph, on_progress: Callable[[Progress], None] | None = None, timeout: float = 600
-    ) -> dict:
+    def run(self, graph: Graph, on_progress: Callable[[Progress], None] | None = None, timeout: float = 600) -> dict:
         """Queue a graph and wait for its end; returns its entry in the history, "outputs" naming the files.
 
         Args:
@@ -250,9 +244,7 @@ class Server:
         client_id = uuid.uuid4().hex
         end = time.monotonic() + timeout
         async with aiohttp.ClientSession() as session:
-            async with session.ws_connect(
-                f"{self.address}/ws?clientId={client_id}", max_msg_size=0
-            ) as events:
+            async with session.ws_connect(f"{self.address}/ws?clientId={client_id}", max_msg_size=0) as events:
                 prompt_id, blocked = self.queue(graph, client_id), None
                 while True:
                     try:
@@ -281,9 +273,7 @@ class Server:
 
     def _late(self, prompt_id: str, timeout: float) -> TimeoutError:
         self.interrupt(prompt_id)
-        return TimeoutError(
-            f"The graph was not done after {timeout:.0f} s and was cancelled. See {self.log}."
-        )
+        return TimeoutError(f"The graph was not done after {timeout:.0f} s and was cancelled. See {self.log}.")
 
     def _wait_until_up(self) -> None:
         end = time.monotonic() + self.patience
@@ -310,9 +300,7 @@ class Server:
             content = error.read()
             if path == "/prompt" and error.code == 400:
                 raise refusal(json.loads(content)) from None
-            raise ServerError(
-                f"{path}: HTTP {error.code}: {content[:500].decode(errors='replace')}"
-            ) from None
+            raise ServerError(f"{path}: HTTP {error.code}: {content[:500].decode(errors='replace')}") from None
         return json.loads(content) if kind == "application/json" else content
 
 
@@ -335,9 +323,7 @@ def free_port(port: int) -> int:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise ServerError(
-                f"Port {port} cannot be used ({error}). End what uses it, or choose another."
-            ) from error
+            raise ServerError(f"Port {port} cannot be used ({error}). End what uses it, or choose another.") from error
         return probe.getsockname()[1]
 
 

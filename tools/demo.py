@@ -54,7 +54,7 @@ def generated_scene(server: comfy.Server, steps: int, out: TextIO) -> Result:
     drawn, truth = render(scene), render(wanted).images
     clips, seconds = run(server, reconstruct, "scene: invert, reconstruct", out)
     edited, edit_seconds = run(server, edit, "scene: edit", out)  # the inversion is in the server's cache
-    clips = {**clips, **edited, "truth of the edit": truth}
+    clips |= edited
     metrics = compare(clips, {"edit": truth}, drawn.flow, drawn.visible)
     metrics["reconstruction"]["seconds"] = seconds
     metrics["edit"] |= {
@@ -67,7 +67,7 @@ def generated_scene(server: comfy.Server, steps: int, out: TextIO) -> Result:
         },
         "read": read_clip(clips["edit"])._asdict(),
     }
-    return Result(clips, metrics)
+    return Result({**clips, "truth of the edit": truth}, metrics)
 
 
 def real_clip(server: comfy.Server, steps: int, out: TextIO) -> Result:
@@ -177,9 +177,7 @@ def table(results: dict[str, Result]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder of the results")
     parser.add_argument("--steps", type=int, default=50, help="steps of inversion and sampling")
     options = parser.parse_args(arguments)

@@ -60,9 +60,7 @@ def sample(pack: ModuleType, prompts: list[str], steps: int, cfg: float) -> Tens
         batch = prompts[start : start + BATCH]
         (empty,) = core.EmptyLatentImage().generate(SIZE, SIZE, len(batch))
         positive, negative = conditioning(batch), conditioning([""] * len(batch))
-        (latents,) = core.KSampler().sample(
-            model, start, steps, cfg, "ddim", "ddim_uniform", positive, negative, empty
-        )
+        (latents,) = core.KSampler().sample(model, start, steps, cfg, "ddim", "ddim_uniform", positive, negative, empty)
         pictures += core.VAEDecode().decode(vae, latents)
     return torch.stack(pictures)
 
@@ -121,9 +119,7 @@ def main() -> None:
             "cfg": args.cfg,
             "checkpoint": hashlib.sha256(pack.nodes.bridge.demo_model.CHECKPOINT.read_bytes()).hexdigest(),
         },
-        "wrong": [
-            {"prompt": s.prompt, "read": s.reading._asdict()} for s in samples if s.reading != s.wanted
-        ],
+        "wrong": [{"prompt": s.prompt, "read": s.reading._asdict()} for s in samples if s.reading != s.wanted],
     }
     for title, found in (("one figure", report["right"]), ("two figures", report["right_of_two_figures"])):
         print(f"{title}: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in found.items()))

@@ -90,7 +90,10 @@ class Data:
             frames, wordings = self.real[int(torch.randint(len(self.real), (1,), generator=g))]
             frame = frames[int(torch.randint(len(frames), (1,), generator=g))]
             left = int(torch.randint(frame.shape[-1] - 15, (1,), generator=g))
-            z[i], rows[i] = frame[:, :, left : left + 16], wordings[int(torch.randint(len(wordings), (1,), generator=g))]
+            z[i], rows[i] = (
+                frame[:, :, left : left + 16],
+                wordings[int(torch.randint(len(wordings), (1,), generator=g))],
+            )
         rows[torch.rand(BATCH, generator=g) < NO_CAPTION] = self.empty
         return z, rows
 

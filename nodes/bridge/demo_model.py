@@ -59,9 +59,7 @@ class DemoTextModel(comfy.sd1_clip.SDClipModel):
     """CLIP's text model with the sizes of `TEXT_CONFIG`."""
 
     def __init__(self, device="cpu", dtype=None, model_options=None):
-        super().__init__(
-            device=device, dtype=dtype, model_options=model_options or {}, textmodel_json_config=dict(TEXT_CONFIG)
-        )
+        super().__init__(device=device, dtype=dtype, model_options=model_options or {}, textmodel_json_config=dict(TEXT_CONFIG))
 
 
 class DemoTextEncoder(comfy.sd1_clip.SD1ClipModel):
@@ -102,12 +100,8 @@ def load_demo_unet(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPa
     parameters = comfy.utils.calculate_parameters(state, UNET_PREFIX)
     supported = list(config.supported_inference_dtypes)
     dtype = comfy.model_management.unet_dtype(model_params=parameters, supported_dtypes=supported)
-    config.set_inference_dtype(
-        dtype, comfy.model_management.unet_manual_cast(dtype, device, supported), device=device
-    )
-    model = config.get_model(
-        state, UNET_PREFIX, device=comfy.model_management.unet_inital_load_device(parameters, dtype)
-    )
+    config.set_inference_dtype(dtype, comfy.model_management.unet_manual_cast(dtype, device, supported), device=device)
+    model = config.get_model(state, UNET_PREFIX, device=comfy.model_management.unet_inital_load_device(parameters, dtype))
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, load_device=device, offload_device=comfy.model_management.unet_offload_device())
     model.load_model_weights(state, UNET_PREFIX, assign=patcher.is_dynamic())

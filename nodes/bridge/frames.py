@@ -29,8 +29,8 @@ def frames_of_call(q: Tensor, k: Tensor, options: Mapping[str, Any]) -> tuple[in
     ids = _frame_ids(frames, options)
     if frames * chunks != rows or len(ids) != frames:
         raise ValueError(
-            f"a call of {rows} rows for {chunks} conditionings does not fit the frames {ids} of this context window. Use core's "
-            "context windows or AnimateDiff's, not both."
+            f"a call of {rows} rows for {chunks} conditionings does not fit the frames {ids} of this context window. Use "
+            "core's context windows or AnimateDiff's, not both."
         )
     return chunks, ids
 

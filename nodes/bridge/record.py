@@ -29,9 +29,7 @@ class BasisRecord:
         if first_frame not in groups or rank < groups[first_frame][0]:
             groups[first_frame] = (rank, keys.to(intermediate_device()), values.to(intermediate_device()))
 
-    def basis(
-        self, frame_ids: tuple[int, ...], total_frames: int, settings: BasisSettings, model: ModelFingerprint
-    ) -> Basis:
+    def basis(self, frame_ids: tuple[int, ...], total_frames: int, settings: BasisSettings, model: ModelFingerprint) -> Basis:
         """All that was recorded.
 
         Raises:

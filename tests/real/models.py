@@ -80,9 +80,7 @@ def tiny_model(layout: str = "sd15", seed: int = 0, dtype: torch.dtype = torch.f
     fill(model.diffusion_model, seed)
     if hasattr(model.diffusion_model, "out"):
         model.diffusion_model.out[-1].weight.data.mul_(0.15)
-    return ModelPatcher(
-        model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-    )
+    return ModelPatcher(model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
 
 
 def tiny_controlnet(seed: int = 7, context_dim: int = CONTEXT) -> comfy.controlnet.ControlNet:

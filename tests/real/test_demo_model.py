@@ -3,11 +3,12 @@
 import comfy.lora
 import comfy.sd
 import comfy.utils
-import nodes as core
 import pytest
 import safetensors.torch
 import torch
 from models import tiny_controlnet
+
+import nodes as core
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,10 @@ def test_a_lora_is_loaded_by_the_stock_node(demo, clip, tmp_path, monkeypatch):
     name = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_k"
     assert name in comfy.lora.model_lora_keys_unet(model.model, {})
     g = torch.Generator().manual_seed(0)
-    lora = {f"{name}.lora_up.weight": torch.randn(32, 4, generator=g), f"{name}.lora_down.weight": torch.randn(4, 32, generator=g)}
+    lora = {
+        f"{name}.lora_up.weight": torch.randn(32, 4, generator=g),
+        f"{name}.lora_down.weight": torch.randn(4, 32, generator=g),
+    }
     safetensors.torch.save_file(lora, tmp_path / "test.safetensors")
     monkeypatch.setattr("folder_paths.get_full_path_or_raise", lambda kind, file: str(tmp_path / file))
     changed, _ = core.LoraLoader().load_lora(model, text, "test.safetensors", 1.0, 1.0)

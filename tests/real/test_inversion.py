@@ -51,7 +51,7 @@ def em(k, v, seed, num_bases, em_iterations, temperature):
 def oracle_attention(attn1, name, method, now, derive_seed):
     def forward(x, **_):
         q, k, v = attn1.to_q(x), attn1.to_k(x), attn1.to_v(x)
-        frames, tokens, channels = q.shape
+        frames, _, channels = q.shape
         heads, d = attn1.heads, channels // attn1.heads
         group = now["frames_per_em"] or frames
         out = torch.empty_like(q)
@@ -301,7 +301,7 @@ def test_models_without_image_self_attention_blocks_are_refused_by_name(pack, la
 
 
 def test_a_basis_of_another_model_is_refused(pack, estimated):
-    with pytest.raises(ValueError, match="STEMInvertLatents: .*SD15.*SD20"):
+    with pytest.raises(ValueError, match=r"STEMInvertLatents: .*SD15.*SD20"):
         invert(pack, tiny_model("sd2"), clip_latents(2), prompt(), basis=estimated[2])
 
 
@@ -316,7 +316,7 @@ def test_the_basis_output_of_a_method_without_one_says_so(pack):
 
 
 def test_blocks_that_the_model_lacks_are_refused(pack):
-    with pytest.raises(ValueError, match='"output_2".*input_1, input_2'):
+    with pytest.raises(ValueError, match=r'"output_2".*input_1, input_2'):
         invert(pack, tiny_model(), clip_latents(2), prompt(), blocks="output_2")
 
 

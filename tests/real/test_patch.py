@@ -124,7 +124,14 @@ def test_a_second_patch_replaces_the_first(pack, model):
 
 
 def test_a_model_with_our_patch_can_be_inverted_by_another_method(pack, model):
-    inputs = {"positive": prompt(), "steps": 1, "method": "ddim", "frames_per_em": 0, "blocks": "all", "temperature": 0.1}
+    inputs = {
+        "positive": prompt(),
+        "steps": 1,
+        "method": "ddim",
+        "frames_per_em": 0,
+        "blocks": "all",
+        "temperature": 0.1,
+    }
     inputs |= {"latents": clip_latents(2), "num_bases": 8, "em_iterations": 2, "seed": 0}
     node = pack.nodes.invert.STEMInvertLatents
     once, twice = (node.execute(model=m, **inputs).result[0]["samples"] for m in (model, patch(pack, model)))

@@ -18,9 +18,7 @@ F, H, N, D, M = 5, 2, 6, 4, 7
 
 @pytest.fixture
 def qkv():
-    return torch.randn(
-        3, F, N, H * D, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    ).unbind()
+    return torch.randn(3, F, N, H * D, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind()
 
 
 @pytest.fixture

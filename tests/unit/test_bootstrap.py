@@ -70,9 +70,7 @@ def test_key_changes_with_an_archive(monkeypatch, name, field):
 def test_key_changes_with_the_tools(monkeypatch, tmp_path):
     before = bootstrap.key(bootstrap.recipe())
     changed = tmp_path / "requirements.txt"
-    changed.write_text(
-        bootstrap.REQUIREMENTS.read_text(encoding="utf-8") + "einops==0.8.2\n", encoding="utf-8"
-    )
+    changed.write_text(bootstrap.REQUIREMENTS.read_text(encoding="utf-8") + "einops==0.8.2\n", encoding="utf-8")
     monkeypatch.setattr(bootstrap, "REQUIREMENTS", changed)
     assert bootstrap.key(bootstrap.recipe()) != before
 
@@ -149,9 +147,7 @@ def test_second_setup_waits_for_the_first(where):
         "    print('in')"
     )
     with bootstrap.locked(where.environment / "lock", io.StringIO()):
-        other = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=bootstrap.ROOT
-        )
+        other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=bootstrap.ROOT)
         assert "waiting" in other.stdout.readline()
         assert other.poll() is None
     assert other.communicate(timeout=30)[0].strip() == "in"
@@ -231,9 +227,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
 
 
 def test_only_the_asked_folder_is_extracted(tmp_path):
-    archive = tar_of(
-        tmp_path / "a.tar.gz", member("a/setup.py"), member("a/tree/x/file"), member("a/tree2/file")
-    )
+    archive = tar_of(tmp_path / "a.tar.gz", member("a/setup.py"), member("a/tree/x/file"), member("a/tree2/file"))
     bootstrap.extract_folder(archive, PurePosixPath("a/tree"), tmp_path / "out")
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [tmp_path / "out/x/file"]
 
@@ -269,9 +263,7 @@ def test_absolute_members_are_not_extracted(tmp_path):
 @pytest.mark.parametrize(("version", "bits"), [((3, 10), 64), ((3, 15), 64), ((3, 12), 32)])
 def test_unsupported_python_is_told_what_is_needed(version, bits):
     found = ".".join(map(str, version))
-    with pytest.raises(
-        SetupError, match=rf"Python {found} with {bits} bits(.|\n)*3\.11 to 3\.14(.|\n)*PYTHON3="
-    ):
+    with pytest.raises(SetupError, match=rf"Python {found} with {bits} bits(.|\n)*3\.11 to 3\.14(.|\n)*PYTHON3="):
         bootstrap.check_python(version, bits)
 
 

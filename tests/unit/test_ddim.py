@@ -129,9 +129,7 @@ def test_inversion_is_the_destination_timestep_update_in_alpha_bar_form(z, steps
         expected = alpha_bar[t].sqrt() * clean + (1 - alpha_bar[t]).sqrt() * eps
         previous = alpha_bar[t]
     levels = noise_levels(sigmas, steps)
-    torch.testing.assert_close(
-        to_ddim(invert(z, levels, leading(steps)), levels[-1]), expected, rtol=0, atol=1e-11
-    )
+    torch.testing.assert_close(to_ddim(invert(z, levels, leading(steps)), levels[-1]), expected, rtol=0, atol=1e-11)
 
 
 def test_inversion_is_that_of_diffusers(z):

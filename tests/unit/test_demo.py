@@ -1,5 +1,7 @@
 """The parts of the demo that need no server: its graphs, its pictures, its figures."""
 
+import io
+
 import av
 import pytest
 import torch
@@ -8,7 +10,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from stem.metrics import psnr
 from stem.scenes import edit_scene
-from tools.demo import GRAPHS, load_graph, scene_of
+from tools.comfy import Progress
+from tools.demo import BAR, CLEAR, GRAPHS, Result, compare, load_graph, progress_bar, scene_of, table
 from tools.pictures import BAND, GAP, SCALE, contact_sheet, save_video, side_by_side
 
 COLOURS = {"first": (1.0, 0.0, 0.0), "second": (0.0, 1.0, 0.0), "third": (0.0, 0.0, 1.0)}
@@ -126,7 +129,7 @@ def test_progress(out, expected):
     show = progress_bar("scene", out)
     for step in STEPS:
         show(step)
-    assert [line.rpartition(CLEAR)[2] for line in out.getvalue().splitlines()] == expected
+    assert [line.rpartition(CLEAR)[2] for line in out.getvalue().rstrip("\n").split("\n")] == expected
 
 
 def test_edit_is_compared_with_its_truth_and_all_else_with_the_source():

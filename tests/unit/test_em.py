@@ -54,10 +54,7 @@ def test_the_defaults_are_the_equations_of_the_paper(method, dtype):
     keys, values, initial = clustered(dtype=dtype)
     found = estimate_basis(keys, values, 12, initial=initial, method=method)
     assert found[0].dtype == found[1].dtype == dtype
-    assert (
-        difference(found, em_by_the_book(keys, values, initial, iterations=5, temperature=0.01))
-        < TOLERANCE[dtype]
-    )
+    assert difference(found, em_by_the_book(keys, values, initial, iterations=5, temperature=0.01)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("method", ["dense", "blockwise"])
@@ -107,9 +104,7 @@ def test_block_sizes_agree_in_one_iteration_on_any_keys(dtype, block):
 def test_order_of_tokens_does_not_matter(method):
     keys, values, initial = clustered()
     order = torch.randperm(keys.shape[1], generator=torch.Generator().manual_seed(1))
-    shuffled = estimate_basis(
-        keys[:, order], values[:, order], 12, initial=initial, method=method, block_tokens=60
-    )
+    shuffled = estimate_basis(keys[:, order], values[:, order], 12, initial=initial, method=method, block_tokens=60)
     assert difference(shuffled, estimate_basis(keys, values, 12, initial=initial, method=method)) < 1e-12
 
 
@@ -189,9 +184,7 @@ def test_spread_is_that_of_a_sample_and_nothing_for_one_token():
 
 def test_the_draw_is_the_same_for_every_precision():
     keys = tokens(2, 50, 8, dtype=torch.float16)[0]
-    half, single, double = (
-        initial_bases(keys.to(t), 16, 4) for t in (torch.float16, torch.float32, torch.float64)
-    )
+    half, single, double = (initial_bases(keys.to(t), 16, 4) for t in (torch.float16, torch.float32, torch.float64))
     assert half.dtype == torch.float32 and half.equal(single)
     torch.testing.assert_close(double.float(), single)
 
@@ -244,9 +237,7 @@ def test_blockwise_never_holds_the_responsibilities_of_the_whole_video():
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
-            largest = max(
-                [largest, *(x.numel() for x in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(x))]
-            )
+            largest = max([largest, *(x.numel() for x in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(x))])
             return out
 
     sizes = {}

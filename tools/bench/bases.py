@@ -89,9 +89,7 @@ def catch(demo: Demo, name: str, steps: int) -> CaughtTokens:
     layout = bridge.layout.read_layout(demo.model)
     levels = noise_levels(demo.model.get_model_object("model_sampling").sigmas, steps)[1:]
     settings = BasisSettings(NUM_BASES, ITERATIONS, TEMPERATURE, SEED, frames_per_em=0)
-    choice = CaughtTokens(
-        bridge.self_attention.EstimatedBases(settings), levels[[0, steps // 2, steps - 1]]
-    )
+    choice = CaughtTokens(bridge.self_attention.EstimatedBases(settings), levels[[0, steps // 2, steps - 1]])
     bridge.inversion.invert(
         demo.model,
         layout,

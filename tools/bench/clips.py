@@ -61,6 +61,7 @@ def load_clip(name: str) -> Clip:
 def load_demo() -> Demo:
     pack = comfy.start()
     import comfy.utils as core_utils
+
     import nodes as core
 
     core_utils.set_progress_bar_enabled(False)

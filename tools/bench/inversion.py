@@ -182,7 +182,5 @@ def print_tables(results: dict[str, Any]) -> None:
         "real clips": [name for name in results["clips"] if name in REAL_CLIPS],
     }
     for title, names in groups.items():
-        references, methods = (
-            report.mean({name: results[kind][name] for name in names}) for kind in ("references", "clips")
-        )
+        references, methods = (report.mean({name: results[kind][name] for name in names}) for kind in ("references", "clips"))
         print(f"\n{title} ({len(names)})\n\n{report.table(references | methods, COLUMNS, 'method')}")

@@ -57,7 +57,5 @@ def table(rows: dict[str, dict[str, Any]], columns: dict[str, tuple[str, str]], 
     """
     lines = [[first, *(heading for heading, _ in columns.values())], ["---", *("---:" for _ in columns)]]
     for name, row in rows.items():
-        lines.append(
-            [name, *(format(row[key], form) if key in row else "" for key, (_, form) in columns.items())]
-        )
+        lines.append([name, *(format(row[key], form) if key in row else "" for key, (_, form) in columns.items())])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

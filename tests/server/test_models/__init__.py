@@ -28,9 +28,7 @@ class STEMTestModel(io.ComfyNode):
 class STEMTestEmptyLatent(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="STEMTestEmptyLatent", category="testing", inputs=[], outputs=[io.Latent.Output()]
-        )
+        return io.Schema(node_id="STEMTestEmptyLatent", category="testing", inputs=[], outputs=[io.Latent.Output()])
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
