@@ -1,9 +1,10 @@
 """Trains the demo model's UNet and text encoder together, on latents of a finished VAE.
 
-    python -m tools.train_unet --clips FOLDER --vae FILE --state FILE --minutes 90
+    python -m tools.train_unet --clips FOLDER --vae FILE --state FILE --export FILE --minutes 90
 
-Can be stopped at any time and started again with the same words; it goes on from the state file. `--export FILE` writes
-the checkpoint that the pack ships (half precision, averaged weights) at every save.
+Can be stopped at any time and started again with the same words; it goes on from the state file. `--export` writes the
+checkpoint that the pack ships (half precision, averaged weights) at every save. Where the state file is lost, `--start` goes on
+from such a checkpoint, VAE included, with a fresh optimiser and a lower `--rate`.
 """
 
 import argparse
@@ -143,21 +144,37 @@ def loss_of(unet: nn.Module, text: Text, sigmas: Tensor, z: Tensor, rows: Tensor
     return (weight * (eps - noise).square()).mean()
 
 
+def names(demo) -> list[tuple[str, str]]:
+    """Starts of names: here, and in the checkpoint, which has those of an SD1 checkpoint. The first that fits counts."""
+    return [
+        ("text.embedding.weight", demo.TOKEN_EMBEDDING),
+        ("text.ids", demo.TOKEN_IDS),
+        ("text.model.text_model.", demo.TEXT_PREFIX + "transformer.text_model."),
+        ("unet.", demo.UNET_PREFIX),
+        ("vae.", demo.VAE_PREFIX),
+    ]
+
+
 def export(path: Path, demo, weights: dict[str, Tensor], vae: nn.Module) -> None:
-    """Writes the pack's checkpoint: names of an SD1 checkpoint, half precision."""
-    renamed = {
-        "unet.": demo.UNET_PREFIX,
-        "text.model.text_model.": demo.TEXT_PREFIX + "transformer.text_model.",
-        "text.embedding.weight": demo.TOKEN_EMBEDDING,
-    }
-    state = {demo.VAE_PREFIX + k: v for k, v in vae.state_dict().items()}
-    for key, value in weights.items():
-        for old, new in renamed.items():
-            if key.startswith(old):
-                state[new + key.removeprefix(old)] = value
-    state = {k: v.detach().half().contiguous() for k, v in state.items()}
-    state[demo.TOKEN_IDS] = weights["text.ids"].to(torch.int32)
+    """Writes the pack's checkpoint in half precision."""
+    state = {}
+    for key, value in {**weights, **vae.state_dict(prefix="vae.")}.items():
+        for here, there in names(demo):
+            if key.startswith(here):
+                kept = value.half() if value.is_floating_point() else value.to(torch.int32)
+                state[there + key.removeprefix(here)] = kept.detach().contiguous()
+                break
     safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+
+
+def read_checkpoint(path: Path, demo) -> dict:
+    """The weights of a checkpoint by their names here, those of the VAE apart under "vae"."""
+    state = {}
+    for key, value in safetensors.torch.load_file(path).items():
+        here, there = next(pair for pair in names(demo) if key.startswith(pair[1]))
+        state[here + key.removeprefix(there)] = value.float() if value.is_floating_point() else value.long()
+    vae = {key.removeprefix("vae."): value for key, value in state.items() if key.startswith("vae.")}
+    return {"vae": vae, **{key: value for key, value in state.items() if not key.startswith("vae.")}}
 
 
 def save(args, demo, both: nn.Module, average: dict, optimiser, vae: nn.Module, step: int) -> None:
@@ -173,7 +190,9 @@ def save(args, demo, both: nn.Module, average: dict, optimiser, vae: nn.Module, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, required=True, help="folder with the three real clips")
-    parser.add_argument("--vae", type=Path, required=True, help="state file of tools.train_vae")
+    origin = parser.add_mutually_exclusive_group(required=True)
+    origin.add_argument("--vae", type=Path, help="state file of tools.train_vae")
+    origin.add_argument("--start", type=Path, help="checkpoint of the pack to go on from")
     parser.add_argument("--state", type=Path, required=True, help="file that holds weights and progress")
     parser.add_argument("--export", type=Path, help="checkpoint to write at every save")
     parser.add_argument("--minutes", type=float, default=90, help="time from now on")
@@ -184,7 +203,8 @@ def main() -> None:
 
     demo = pack.nodes.bridge.demo_model
     vae = train_vae.build()
-    vae.load_state_dict(torch.load(args.vae, weights_only=True)["vae"])
+    shipped = read_checkpoint(args.start, demo) if args.start else {}
+    vae.load_state_dict(shipped.pop("vae") if shipped else torch.load(args.vae, weights_only=True)["vae"])
     state = torch.load(args.state, weights_only=True) if args.state.exists() else None
     step = state["step"] if state else 0
     data = Data(args.clips, vae, comfy_tokenizer(), TRAINING_SEEDS + step * REFRESH)
@@ -194,6 +214,7 @@ def main() -> None:
     text.requires_grad_(True)
     initialise(unet, text)
     both = nn.ModuleDict({"unet": unet, "text": text})
+    both.load_state_dict(shipped, strict=False)
     average = {k: v.detach().clone() for k, v in both.state_dict().items()}
     optimiser = torch.optim.AdamW(both.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=1e-3)
     if state:
