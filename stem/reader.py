@@ -25,7 +25,7 @@ OUTLINES = {  # corners, and how far from the centre the sides come, the corners
     "triangle": (3, math.cos(math.pi / 3)),
     "star": (5, 0.45),
 }
-FARTHEST, CLEAREST = 0.15, 0.7  # distance of moments to an outline; the same over that to the next best outline
+FARTHEST, CLEAREST = 0.25, 0.7  # distance of moments to an outline; the same over that to the next best outline
 
 
 class Reading(NamedTuple):

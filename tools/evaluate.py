@@ -62,7 +62,7 @@ def sample(pack: ModuleType, prompts: list[str], steps: int, cfg: float) -> Tens
         positive, negative = conditioning(batch), conditioning([""] * len(batch))
         (latents,) = core.KSampler().sample(model, start, steps, cfg, "ddim", "ddim_uniform", positive, negative, empty)
         pictures += core.VAEDecode().decode(vae, latents)
-    return torch.stack(pictures)
+    return torch.cat(pictures)
 
 
 def judge(scenes: list[Scene], prompts: list[str], pictures: Tensor) -> list[Sample]:
@@ -93,6 +93,7 @@ def vae_fidelity(pack: ModuleType, clips: Path) -> dict[str, float]:
     return found | {"real": sum(found[name] for name in REAL_CLIPS) / len(REAL_CLIPS)}
 
 
+@torch.inference_mode()  # as ComfyUI runs its nodes
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=120, help="number of prompts of one figure (default: 120)")

@@ -3,12 +3,15 @@
 import argparse
 from pathlib import Path
 
+import torch
+
 from tools import bootstrap
 from tools.bench import bases, inversion
 
 BENCHMARKS = {"inversion": inversion.run, "bases": bases.run}
 
 
+@torch.inference_mode()  # as ComfyUI runs its nodes
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench",
