@@ -72,9 +72,7 @@ def warp(images: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
     """
     height, width = flow.shape[1:3]
     size = flow.new_tensor([width - 1, height - 1])
-    y, x = torch.meshgrid(
-        torch.arange(height, device=flow.device), torch.arange(width, device=flow.device), indexing="ij"
-    )
+    y, x = torch.meshgrid(torch.arange(height, device=flow.device), torch.arange(width, device=flow.device), indexing="ij")
     at = torch.stack([x, y], dim=-1) + flow
     read = torch.nn.functional.grid_sample(
         rearrange(images, "f height width c -> f c height width"),
@@ -112,9 +110,7 @@ def estimate_flow(images: Tensor) -> tuple[Tensor, Tensor]:
     grey = reduce(images, "f height width c -> f 1 height width", "mean")
     forth, back = _lucas_kanade(grey[:-1], grey[1:]), _lucas_kanade(grey[1:], grey[:-1])
     returned, inside = warp(back, forth)
-    gap, *lengths = (
-        reduce(x**2, "f height width xy -> f height width", "sum") for x in (forth + returned, forth, returned)
-    )
+    gap, *lengths = (reduce(x**2, "f height width xy -> f height width", "sum") for x in (forth + returned, forth, returned))
     return forth, inside * (gap <= 0.01 * sum(lengths) + 0.25)
 
 
@@ -168,9 +164,7 @@ def _resize_flow(flow: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _squared_error(images: Tensor, reference: Tensor) -> Tensor:
     if images.shape != reference.shape:
-        raise ValueError(
-            f"the clips have the shapes {tuple(images.shape)} and {tuple(reference.shape)}; give equal ones."
-        )
+        raise ValueError(f"the clips have the shapes {tuple(images.shape)} and {tuple(reference.shape)}; give equal ones.")
     return (images - reference) ** 2
 
 
@@ -179,9 +173,7 @@ def _mean(error: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return error.mean()
     if mask.shape != error.shape[:3]:
-        raise ValueError(
-            f"the mask has the shape {tuple(mask.shape)}; give one weight a pixel, {tuple(error.shape[:3])}."
-        )
+        raise ValueError(f"the mask has the shape {tuple(mask.shape)}; give one weight a pixel, {tuple(error.shape[:3])}.")
     total = mask.sum()
     if total == 0:
         raise ValueError("the mask is empty: no pixel is left to compare.")

@@ -53,33 +53,35 @@ def read_images(images: Tensor) -> list[Reading]:
     """
     if images.ndim != 4 or 0 in images.shape or images.shape[-1] != 3:
         raise ValueError(f"images have the shape {tuple(images.shape)}; give (frames, height, width, 3).")
-    return [_read(image) for image in images.float()]
+    return [_read(image) for image in images.detach().cpu().float()]
 
 
 def _read(image: Tensor) -> Reading:
+    """What one picture (height, width, 3) shows."""
     height, width = image.shape[:2]
     smallest = SMALLEST_FIGURE * min(height, width) ** 2
-    places = torch.stack([_distance(image, low, high) for low, high in map(torch.tensor, BACKGROUNDS.values())])
-    solid = torch.stack([_distance(image, DARKEST * c, c) for c in map(torch.tensor, COLOURS.values())])
-    background = _background(places, solid)
+    to_grounds = torch.stack([_distance(image, low, high) for low, high in map(torch.tensor, BACKGROUNDS.values())])
+    to_colours = torch.stack([_distance(image, DARKEST * c, c) for c in map(torch.tensor, COLOURS.values())])
+    background = _background(to_grounds, to_colours)
+    to_ground = to_grounds.amin(0) if background is None else to_grounds[list(BACKGROUNDS).index(background)]
     # Soft edges pass by other palettes: only colours that fill some area take part, and the background that is there.
-    there = ((solid < NEAR) & (solid < places.amin(0))).sum((1, 2)) > smallest / 2
+    sure = (to_colours < NEAR) & (to_colours < to_grounds.amin(0))
+    there = sure.sum((1, 2)) > smallest / 2
     names = [name for name, some in zip(COLOURS, there.tolist(), strict=True) if some]
-    ground = places.amin(0) if background is None else places[list(BACKGROUNDS).index(background)]
-    label = torch.cat([ground[None], solid[there]]).argmin(0)
-    regions = [_largest_region(label == i) for i in range(1, len(names) + 1)]
+    nearest = torch.cat([to_ground[None], to_colours[there]]).argmin(0)
+    regions = [_largest_region(nearest == i) for i in range(1, len(names) + 1)]
     colour, region = max(zip(names, regions, strict=True), key=lambda found: found[1].sum(), default=(None, None))
     if colour is None or region.sum() < smallest:
         return Reading(None, None, background)
     return Reading(colour, _shape(region), background)
 
 
-def _background(places: Tensor, solid: Tensor) -> str | None:
+def _background(to_grounds: Tensor, to_colours: Tensor) -> str | None:
     """The palette that most pixels of no figure are nearest to, if most of those are really near it."""
-    outside = places.amin(0) < solid.amin(0)
-    votes = torch.bincount(places.argmin(0)[outside], minlength=len(places))
+    outside = to_grounds.amin(0) < to_colours.amin(0)
+    votes = torch.bincount(to_grounds.argmin(0)[outside], minlength=len(BACKGROUNDS))
     best = int(votes.argmax())
-    near = (places[best] < NEAR) & outside
+    near = (to_grounds[best] < NEAR) & outside
     return list(BACKGROUNDS)[best] if near.sum() > LEAST_BACKGROUND * outside.sum() else None
 
 

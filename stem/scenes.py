@@ -121,9 +121,13 @@ def random_scene(
     camera = _pick(g, CAMERAS)
     radii = _uniform(g, 24, 34), _uniform(g, 12, 16)
     main = Figure(colour or names[0], shape or names[1], motions[0], radii[0])
+    # The second figure is drawn without regard to what is given. Where it would share a name that is given, it takes the
+    # one that was drawn for the main figure.
+    other_colour = _pick(g, [name for name in COLOURS if name != names[0]])
+    other_shape = _pick(g, [name for name in SHAPES if name != names[1]])
     other = Figure(
-        _pick(g, [c for c in COLOURS if c != main.colour]),
-        _pick(g, [s for s in SHAPES if s != main.shape]),
+        names[0] if other_colour == main.colour else other_colour,
+        names[1] if other_shape == main.shape else other_shape,
         motions[1],
         radii[1],
     )

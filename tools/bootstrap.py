@@ -317,9 +317,7 @@ def run(command: Sequence[str | Path], where: Locations) -> None:
     with log.open("a", encoding="utf-8") as sink:
         print(f"\n$ {shlex.join(command)}", file=sink, flush=True)
         begin = sink.tell()
-        process = subprocess.Popen(
-            command, stdout=sink, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
         try:
             code = process.wait()
         except BaseException:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from stem.metrics import estimate_flow, flicker, psnr, ssim
-from stem.reader import read_clip
+from stem.reader import Reading, read_clip
 from stem.scenes import Scene, random_scene, render
 from tools import bootstrap, comfy
 from tools.pictures import contact_sheet, save_video, side_by_side
@@ -60,12 +60,8 @@ def generated_scene(server: comfy.Server, steps: int, out: TextIO) -> Result:
     metrics["edit"] |= {
         "seconds": edit_seconds,
         "psnr_outside_mask": psnr(clips["edit"], clips["source"], 1 - drawn.mask),
-        "wanted": {
-            "colour": wanted.figures[0].colour,
-            "shape": wanted.figures[0].shape,
-            "background": wanted.background,
-        },
-        "read": read_clip(clips["edit"])._asdict(),
+        "shows": read_clip(clips["edit"])._asdict(),
+        "should_show": Reading(wanted.figures[0].colour, wanted.figures[0].shape, wanted.background)._asdict(),
     }
     return Result({**clips, "truth of the edit": truth}, metrics)
 
@@ -176,6 +172,13 @@ def table(results: dict[str, Result]) -> str:
     return "\n".join(lines)
 
 
+def summary(edit: dict) -> str:
+    """What the table does not tell of an edit."""
+    shows, should_show = (" ".join(map(str, edit[reading].values())) for reading in ("shows", "should_show"))
+    outside = f"PSNR to the source outside the shape {edit['psnr_outside_mask']:.2f}"
+    return f"The edit shows: {shows} (should show: {should_show}); {outside}."
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder of the results")
@@ -189,17 +192,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "scene": generated_scene(server, options.steps, out),
                 "bikes": real_clip(server, options.steps, out),
             }
-    except (bootstrap.SetupError, comfy.ServerError, comfy.GraphError, TimeoutError) as error:
+    except (bootstrap.SetupError, comfy.ServerError, comfy.GraphError, OSError) as error:
         print(f"\nThe demo stopped. {error}", file=out)
         return 1
     except KeyboardInterrupt:
         print("\nThe demo was interrupted.", file=out)
         return 130
     save(results, options.output)
-    edit = results["scene"].metrics["edit"]
-    print(table(results))
-    print("edit, read by a program: {colour} {shape} on {background}".format(**edit["read"]))
-    print(f"PSNR to the source outside the edited shape: {edit['psnr_outside_mask']:.2f}")
+    print(table(results), summary(results["scene"].metrics["edit"]), sep="\n")
     print(f"Look at the pictures in {options.output.absolute()}")
     return 0
 

@@ -11,7 +11,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from stem.metrics import psnr
 from stem.scenes import edit_scene
 from tools.comfy import Progress
-from tools.demo import BAR, CLEAR, GRAPHS, Result, compare, load_graph, progress_bar, scene_of, table
+from tools.demo import BAR, CLEAR, GRAPHS, Result, compare, load_graph, progress_bar, scene_of, summary, table
 from tools.pictures import BAND, GAP, SCALE, contact_sheet, save_video, side_by_side
 
 COLOURS = {"first": (1.0, 0.0, 0.0), "second": (0.0, 1.0, 0.0), "third": (0.0, 0.0, 1.0)}
@@ -150,3 +150,13 @@ def test_table_has_a_line_for_every_clip():
         ["scene,", "edit", "30.13", "0.0200", "12"],
     ]
     assert lines[1].index("0.0123") == lines[2].index("0.0200") == lines[0].index("flicker") + 1
+
+
+def test_summary_tells_what_the_edit_shows_and_should_show():
+    edit = {
+        "psnr_outside_mask": 28.456,
+        "shows": {"colour": "purple", "shape": None, "background": "grass"},
+        "should_show": {"colour": "blue", "shape": "star", "background": "grass"},
+    }
+    assert "purple None grass (should show: blue star grass)" in summary(edit)
+    assert "28.46" in summary(edit)
