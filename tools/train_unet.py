@@ -25,6 +25,7 @@ from tools.training_data import REAL_CLIPS, TRAINING_SEEDS, real_frames, scene_f
 BATCH = 32
 POOL, REFRESH = 4096, 4  # latents of generated scenes at hand, and how many of them are new at every step
 NO_CAPTION = 0.1  # share of the samples that learn the unconditional prediction
+HEAVIEST = 25  # weight of the highest noise levels in the loss, the middle ones having 1
 AVERAGE = 0.9985  # decay of the averaged weights
 
 
@@ -134,13 +135,18 @@ def initialise(unet: nn.Module, text: Text) -> None:
 
 
 def loss_of(unet: nn.Module, text: Text, sigmas: Tensor, z: Tensor, rows: Tensor, g: torch.Generator) -> Tensor:
-    """Squared error of the noise prediction, weighted by min(SNR, 5) / SNR (Hang et al., ICCV 2023)."""
-    t = torch.randint(1000, (len(z),), generator=g)
+    """Squared error of the noise prediction, weighted over the noise levels.
+
+    Where noise prevails, the error of the clean latent is sigma times that of the noise, so the weight rises with
+    1 + sigma^2 (the error of v, as in EDM) up to a bound: colours and places are decided there. At low noise it is
+    min(SNR, 5) / SNR (Hang et al., ICCV 2023). Timesteps are spread evenly over the batch.
+    """
+    t = ((torch.arange(len(z)) + torch.rand(1, generator=g)) * (1000 / len(z))).long().clamp(max=999)
     sigma = sigmas[t].reshape(-1, 1, 1, 1)
     noise = torch.randn(z.shape, generator=g)
     x = (z + sigma * noise) / (1 + sigma**2).sqrt()
     eps = unet(x, t.float(), context=text(rows))
-    weight = (5 * sigma**2).clamp(max=1)
+    weight = (5 * sigma**2).clamp(max=1) * (1 + sigma**2).clamp(max=HEAVIEST)
     return (weight * (eps - noise).square()).mean()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from tools import bootstrap
-from tools.bench import bases, inversion
+from tools.bench import bases, inversion, report
 
 BENCHMARKS = {"inversion": inversion.run, "bases": bases.run}
 
@@ -25,7 +25,10 @@ def main() -> None:
     name = args.what + ("-quick" if args.quick else "")
     path = args.json or bootstrap.ROOT / "output" / "bench" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    BENCHMARKS[args.what](path, args.quick)
+    try:
+        BENCHMARKS[args.what](path, args.quick)
+    except report.OtherSettingsError as error:
+        parser.exit(2, f"{error}\n")
 
 
 if __name__ == "__main__":
