@@ -138,7 +138,7 @@ class Server:
         self,
         argv: Sequence[str] = ("--cpu",),
         port: int | None = None,
-        patience: float = 180,
+        patience: float = 300,
         extra_packs: Sequence[Path] = (),
     ):
         self.where = installed()
