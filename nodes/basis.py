@@ -63,10 +63,10 @@ class STEMBasisEstimate(io.ComfyNode):
         cls, model, latents, positive, steps, num_bases, em_iterations, keyframes, seed, temperature, blocks
     ) -> io.NodeOutput:
         with named(cls):
+            layout = read_layout(model)
             samples = checked_latents(latents, model)
             frames = len(samples)
             ids = spread(frames, keyframes)
-            layout = read_layout(model)
             names = choose_blocks(layout, blocks)
             settings = BasisSettings(num_bases, em_iterations, temperature, seed, frames_per_em=0)
             conditioning = select_frames(positive, ids, frames)

@@ -48,6 +48,7 @@ class STEMDemoClip(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFF,
+                    control_after_generate=False,
                     tooltip="Decides all that is not chosen below: motion, camera, texture, and whatever is set to random.",
                 ),
                 io.Int.Input("frames", default=16, min=1, max=4096, tooltip="Length of the clip in frames."),

@@ -89,8 +89,8 @@ class STEMInvertLatents(io.ComfyNode):
         basis=None,
     ) -> io.NodeOutput:
         with named(cls):
-            samples = checked_latents(latents, model)
             layout = read_layout(model)
+            samples = checked_latents(latents, model)
             names = choose_blocks(layout, blocks)
             settings = None
             if method != "stem":

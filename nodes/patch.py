@@ -25,7 +25,8 @@ class STEMPatchModel(io.ComfyNode):
             display_name="STEM Patch Model",
             category=CATEGORY,
             description="Lets all frames of a clip share a few bases in the model's self-attention, in any sampler. Use it "
-            "when you sample from noise that STEM Invert Latents found.",
+            "when you sample from noise that STEM Invert Latents found. On blocks that an earlier STEM Patch Model acts on, "
+            "the later one counts.",
             search_aliases=["stem attention", "video consistency", "shared attention", "consistent frames"],
             inputs=[
                 io.Model.Input("model", tooltip="An image model: SD1.x, SD2.x or SDXL."),
@@ -67,6 +68,11 @@ class STEMPatchModel(io.ComfyNode):
         cls, model, num_bases, em_iterations, seed, start_percent, end_percent, temperature, blocks, basis=None
     ) -> io.NodeOutput:
         with named(cls):
+            if start_percent > end_percent:
+                raise ValueError(
+                    f"start_percent is {start_percent:g}, after end_percent {end_percent:g}, so the patch would never act. "
+                    "Swap them."
+                )
             layout = read_layout(model)
             names = choose_blocks(layout, blocks)
             if basis is not None:
@@ -74,7 +80,8 @@ class STEMPatchModel(io.ComfyNode):
                 choice = FixedBases(basis)
             else:
                 choice = EstimatedBases(BasisSettings(num_bases, em_iterations, temperature, seed, frames_per_em=0))
-            return io.NodeOutput(patch_self_attention(model, layout, names, choice, (start_percent, end_percent)))
+            percent = (start_percent, end_percent)
+            return io.NodeOutput(patch_self_attention(model, layout, names, choice, percent, "STEMPatchModel"))
 
 
 NODES = [STEMPatchModel]

@@ -56,7 +56,7 @@ def bases_at(basis: Basis, block: str, sigma: float | Tensor) -> tuple[Tensor, T
     if block not in basis.blocks:
         raise ValueError(
             f'the basis holds nothing for block "{block}", only for {", ".join(basis.blocks) or "none"}; '
-            "estimate it again with this block among the chosen ones."
+            "choose these blocks only, or estimate it again with this block among the chosen ones."
         )
     index, level = basis.blocks.index(block), nearest_level(basis.sigmas, sigma)
     return basis.keys[index][level], basis.values[index][level]

@@ -17,11 +17,11 @@ from torch import Tensor
 EPSILON = 1e-4
 """Added to norms and to the mass of a basis, as in the official code: a dead basis is zero instead of NaN."""
 
-CPU_BLOCK_ROWS = 4096
-"""Tokens x heads of a block; its responsibilities of 256 bases, 4 MiB, stay in the cache of a CPU."""
+CPU_BLOCK = 2**20
+"""Numbers in the responsibilities of a block, 4 MiB in float32, that stay in the cache of a CPU. Two such arrays are alive."""
 
-ACCELERATOR_BLOCK_ROWS = 131072
-"""On other devices large blocks save kernel launches: 128 MiB for 256 bases."""
+ACCELERATOR_BLOCK = 2**25
+"""On other devices large blocks save kernel launches: 128 MiB."""
 
 
 def estimate_basis(
@@ -71,8 +71,8 @@ def estimate_basis(
     if method == "dense":
         block_tokens = tokens
     elif block_tokens is None:
-        rows = CPU_BLOCK_ROWS if keys.device.type == "cpu" else ACCELERATOR_BLOCK_ROWS
-        block_tokens = max(1, rows // heads)
+        numbers = CPU_BLOCK if keys.device.type == "cpu" else ACCELERATOR_BLOCK
+        block_tokens = max(1, numbers // (heads * num_bases))
     with torch.no_grad():
         if initial is None:
             mu = initial_bases(keys, num_bases, seed)
@@ -116,7 +116,7 @@ def derive_seed(seed: int, *parts: int | str) -> int:
 
     Args:
         seed: the user's seed.
-        parts: what tells the draws apart, e.g. block name, index of the noise level, index of the window.
+        parts: what tells the draws apart, e.g. block name, sigma, first frame.
 
     Returns:
         0 to 2**63 - 1.

@@ -28,9 +28,14 @@ def _select(value: Any, ids: list[int], frames: int) -> Any:
         return value[ids] if value.ndim > 1 and len(value) == frames > 1 else value
     if hasattr(value, "cond_hint_original"):  # a ControlNet: `copy` keeps its hint and settings, and shares its weights
         chosen = value.copy()
-        chosen.cond_hint_original = _select(value.cond_hint_original, ids, frames)
-        chosen.extra_concat_orig = [_select(extra, ids, frames) for extra in value.extra_concat_orig]
+        chosen.cond_hint_original = _select_hints(value.cond_hint_original, ids)
+        chosen.extra_concat_orig = [_select_hints(extra, ids) for extra in value.extra_concat_orig]
         if value.previous_controlnet is not None:
             chosen.set_previous_controlnet(_select(value.previous_controlnet, ids, frames))
         return chosen
     return copy.copy(value) if isinstance(value, (list, dict)) else value
+
+
+def _select_hints(hints: torch.Tensor | None, ids: list[int]) -> torch.Tensor | None:
+    """Hints of the chosen frames; core repeats hints that are fewer than the frames."""
+    return hints if hints is None or len(hints) == 1 else hints[[i % len(hints) for i in ids]]

@@ -29,17 +29,21 @@ def frames_of_call(q: Tensor, k: Tensor, options: Mapping[str, Any]) -> tuple[in
     ids = _frame_ids(frames, options)
     if frames * chunks != rows or len(ids) != frames:
         raise ValueError(
-            f"a call of {rows} rows for {chunks} conditionings does not fit the frames {ids} of this context window. Use "
-            "core's context windows or AnimateDiff's, not both."
+            f"a call of {rows} rows for {chunks} conditionings does not fit the frames {ids} of this context window. Another "
+            "node rearranges the frames: take it off this model."
         )
     return chunks, ids
 
 
 def _frame_ids(frames: int, options: Mapping[str, Any]) -> list[int]:
-    animatediff = options.get("ad_params") or {}
+    animatediff, window = options.get("ad_params") or {}, options.get("context_window")
+    if animatediff and window is not None:
+        raise ValueError(
+            "AnimateDiff and core's context windows are both on, and neither knows of the other's frames. Use AnimateDiff's "
+            "own context options."
+        )
     if animatediff.get("sub_idxs") is not None:
         return list(animatediff["sub_idxs"])
-    window = options.get("context_window")
     if window is not None:
         anchor = getattr(window, "causal_anchor_index", None)  # a frame that core puts in front of the window's own
         return ([] if anchor is None or anchor < 0 else [anchor]) + list(window.index_list)

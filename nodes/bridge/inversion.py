@@ -15,7 +15,10 @@ from ...stem.ddim import inversion_input, inversion_update, noise_levels, start_
 from ...stem.trajectory import InversionSettings, Trajectory
 from .layout import Layout
 from .record import RECORD, BasisRecord
-from .self_attention import ContextChoice, patch_self_attention
+from .self_attention import ContextChoice, patch_self_attention, without_own_patches
+
+GUIDANCE = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function", "disable_cfg1_optimization")
+"""Model options by which other nodes (PAG, SAG, RescaleCFG) change the prediction; an inversion takes it as it is."""
 
 
 class Inversion(NamedTuple):
@@ -72,12 +75,18 @@ def invert(
         method, basis: How, for the trajectory's record.
 
     Raises:
-        ValueError: No conditioning, or steps out of range.
+        ValueError: No conditioning, one that leaves levels or parts of the picture out, hooks that change over the
+            sampling, or steps out of range.
     """
     if not positive:
         raise ValueError("positive is an empty conditioning. Connect the prompt that describes the source clip.")
+    _refuse_scheduled_hooks(positive)
     levels = noise_levels(model.get_model_object("model_sampling").sigmas.cpu().float(), steps)
-    model = patch_self_attention(model, layout, blocks, choice)
+    model = without_own_patches(model)
+    for name in GUIDANCE:
+        model.model_options.pop(name, None)
+    if choice is not None:
+        model = patch_self_attention(model, layout, blocks, choice)
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": positive})
     uuids = [cond["uuid"] for cond in guider.original_conds["positive"]]
@@ -113,7 +122,23 @@ def climb(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable:
         comfy.model_management.throw_exception_if_processing_interrupted()
         source, destination = sigmas[i], sigmas[i + 1]
         denoised = model(inversion_input(x, source, destination), destination * each, **extra_args)
+        if (denoised == 0).all(dim=1).any():  # core's answer where no conditioning is active
+            raise ValueError(
+                f"positive leaves a part of the picture without any prompt at sigma {float(destination):.4g}. Take timestep "
+                "ranges off it, and give the parts outside its masks or areas a prompt too."
+            )
         x = inversion_update(x, denoised, source, destination)
         path[i + 1] = x
         callback({"x": x, "i": i, "sigma": destination, "sigma_hat": destination, "denoised": denoised})
     return x
+
+
+def _refuse_scheduled_hooks(conditioning: list) -> None:
+    """Core's hook keyframes go on from high to low noise only; on the way up they would jump to the last at once."""
+    for _, options in conditioning:
+        hooks = options.get("hooks")
+        if hooks is not None and any(len(hook.hook_keyframe.keyframes) > 1 for hook in hooks.hooks):
+            raise ValueError(
+                "positive has hooks with keyframes that change their strength during sampling, which ComfyUI follows from high "
+                "to low noise only. Invert with hooks of constant strength."
+            )

@@ -46,7 +46,8 @@ def read_layout(model: ModelPatcher) -> Layout:
     sampling = model.get_model_object("model_sampling")
     if not isinstance(sampling, ModelSamplingDiscrete) or len(sampling.sigmas) != 1000:
         raise ValueError(
-            f"this model samples by {type(sampling).__mro__[1].__name__}, not over a thousand discrete noise levels. {FITTING}"
+            f"this model samples by {type(sampling).__mro__[1].__name__}, not over a thousand discrete noise levels. Take "
+            f"ModelSampling nodes off it. {FITTING}"
         )
     prediction = "v" if isinstance(sampling, V_PREDICTION) else "eps"
     return Layout(tuple(slots), ModelFingerprint(family, prediction, tuple(blocks)))

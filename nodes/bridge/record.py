@@ -14,45 +14,47 @@ RECORD = "stem_record"
 class BasisRecord:
     """Bases of every block and noise level of one run.
 
-    Where several conditionings are sampled, the bases are those of the first; where a call's frames fall into several groups,
-    or a step into several context windows, they are those of all groups together.
+    Where several conditionings are sampled, the bases are those of the first. Where a step estimates bases for several groups
+    of frames, none of them stands for the clip: nothing is kept, so that memory does not grow with the clip.
     """
 
     def __init__(self, levels: Tensor, blocks: tuple[str, ...], uuids: list):
         self.levels, self.blocks = levels, blocks
         self.rank = {uuid: rank for rank, uuid in enumerate(uuids)}
-        self.found: dict[tuple[str, int], dict[int, tuple[int, Tensor, Tensor]]] = {}
+        self.found: dict[tuple[str, int], tuple[int, int, Tensor, Tensor]] = {}
+        self.grouped = False
 
     def add(self, block: str, sigma: float, uuid: object, first_frame: int, keys: Tensor, values: Tensor) -> None:
-        groups = self.found.setdefault((block, nearest_level(self.levels, sigma)), {})
-        rank = self.rank.get(uuid, 0)
-        if first_frame not in groups or rank < groups[first_frame][0]:
-            groups[first_frame] = (rank, keys.to(intermediate_device()), values.to(intermediate_device()))
+        place, rank = (block, nearest_level(self.levels, sigma)), self.rank.get(uuid, 0)
+        known_rank, known_frame = self.found[place][:2] if place in self.found else (rank + 1, first_frame)
+        if first_frame != known_frame:
+            self.grouped = True
+            self.found.clear()
+        if not self.grouped and rank < known_rank:
+            self.found[place] = (rank, first_frame, keys.to(intermediate_device()), values.to(intermediate_device()))
 
     def basis(self, frame_ids: tuple[int, ...], total_frames: int, settings: BasisSettings, model: ModelFingerprint) -> Basis:
-        """All that was recorded.
+        """All that was recorded; the record is empty afterwards.
 
         Raises:
-            ValueError: A block was not called at some level, or the groups of frames changed from level to level.
+            ValueError: There were several groups of frames, or a block was not called at some level.
         """
+        if self.grouped:
+            raise ValueError(
+                "each group of frames has bases of its own (frames_per_em, context windows), so there is no one basis for the "
+                "clip. Set frames_per_em to 0 and invert without windows, or use STEM Basis Estimate."
+            )
         keys, values = [], []
         for block in self.blocks:
             levels = []
-            for level in range(len(self.levels)):
-                groups = self.found.get((block, level))
-                if groups is None:
+            for level, sigma in enumerate(self.levels.tolist()):
+                found = self.found.pop((block, level), None)
+                if found is None:
                     raise ValueError(
-                        f"block {block} was not called at sigma {float(self.levels[level]):.4g}, so there is no basis for it. "
-                        "Another node replaces it, or no conditioning is active there: leave the block out of `blocks`, or "
-                        "take the timestep range off the conditioning."
+                        f"block {block} was not called at sigma {sigma:.4g}, so there is no basis for it. Another node "
+                        "replaces it: leave the block out of `blocks`."
                     )
-                levels.append([torch.cat(w, dim=1) for w in zip(*(groups[i][1:] for i in sorted(groups)), strict=True)])
-            counts = {k.shape[1] for k, _ in levels}
-            if len(counts) > 1:
-                raise ValueError(
-                    f"block {block} has {sorted(counts)} bases at different noise levels, because the context windows change "
-                    "from step to step. Use the schedule 'standard static', or no windows."
-                )
+                levels.append(found[2:])
             k, v = zip(*levels, strict=True)
             keys.append(torch.stack(k).cpu())
             values.append(torch.stack(v).cpu())

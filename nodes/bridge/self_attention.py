@@ -69,13 +69,17 @@ class EstimatedBases:
                 num_bases=self.settings.num_bases,
                 iterations=self.settings.iterations,
                 temperature=self.settings.temperature,
-                seed=derive_seed(self.settings.seed, call.block, f"{call.sigma:.5g}", call.frames[start]),
+                seed=self.seed(call, start),
                 check=throw_exception_if_processing_interrupted,
             )
             record = call.options.get(RECORD)
             if record is not None:
                 record.add(call.block, call.sigma, call.uuid, call.frames[start], mu, nu)
             yield Context(min(group, len(k) - start), basis_context(mu, 1), basis_context(nu, 1))
+
+    def seed(self, call: Call, start: int) -> int:
+        """Of the initial bases of the group of frames that begins at row `start` of the call."""
+        return derive_seed(self.settings.seed, call.block, f"{call.sigma:.5g}", call.frames[start])
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +101,17 @@ class SelfAttentionPatch:
     heads: dict[str, int]  # of the blocks that are patched
     start_sigma: float
     end_sigma: float
+    owner: str = ""  # the node to name in an error while some sampler runs
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
+        try:
+            return self._attend(q, k, v, extra_options)
+        except ValueError as error:
+            if not self.owner:
+                raise
+            raise ValueError(f"{self.owner}: {error}") from error
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
         side, number = extra_options["block"][:2]
         block = block_name(side, number, extra_options.get("block_index", 0))
         sigma = float(extra_options["sigmas"][0])
@@ -130,42 +143,54 @@ def patch_self_attention(
     model: ModelPatcher,
     layout: Layout,
     blocks: tuple[str, ...],
-    choice: ContextChoice | None,
+    choice: ContextChoice,
     percent: tuple[float, float] = PERCENT_RANGE,
+    owner: str = "",
 ) -> ModelPatcher:
     """A clone of the model whose blocks attend as chosen.
 
     Args:
-        model: Left as it is; an earlier patch of this pack on it is replaced in the clone.
+        model: Left as it is; an earlier patch of this pack on the same blocks is replaced in the clone.
         layout: Of the model.
         blocks: Names of the blocks to patch.
-        choice: None removes an earlier patch of this pack.
+        choice: What they attend to.
         percent: Part of the sampling during which the patch acts.
+        owner: The node to name in errors while a sampler runs.
 
     Raises:
         ValueError: Another node's patch sits on one of the blocks: core has one place for each, and would drop one of the two.
     """
     model = model.clone()
-    placed = model.model_options["transformer_options"].get("patches_replace", {}).get("attn1", {})
-    for key in [key for key, patch in placed.items() if isinstance(patch, SelfAttentionPatch)]:
-        del placed[key]
-    if choice is None:
-        return model
+    placed = _placed(model)
     heads = {block.name: block.heads for block in layout.model.blocks if block.name in blocks}
     slots = [slot for slot in layout.slots if any(_in_slot(block, slot) for block in blocks)]
     for slot in slots:
         for key, patch in placed.items():
-            if key[:2] == slot:
+            if key[:2] == slot and not isinstance(patch, SelfAttentionPatch):
                 raise ValueError(
                     f"the self-attention of block {slot[0]}_{slot[1]} is already replaced by {_origin(patch)}, and ComfyUI has "
                     "one place for it. Leave this block out of `blocks`, or take the other node off this model."
                 )
     sampling = model.get_model_object("model_sampling")
     start, end = (float(sampling.percent_to_sigma(p)) for p in percent)
-    patch = SelfAttentionPatch(choice, heads, start, end)
+    patch = SelfAttentionPatch(choice, heads, start, end, owner)
     for side, number in slots:
         model.set_model_attn1_replace(patch, side, number)
     return model
+
+
+def without_own_patches(model: ModelPatcher) -> ModelPatcher:
+    """A clone of the model without what `patch_self_attention` placed on it."""
+    model = model.clone()
+    placed = _placed(model)
+    for key in [key for key, patch in placed.items() if isinstance(patch, SelfAttentionPatch)]:
+        del placed[key]
+    return model
+
+
+def _placed(model: ModelPatcher) -> dict[tuple, object]:
+    """The self-attention replacements on a model by core's keys."""
+    return model.model_options["transformer_options"].get("patches_replace", {}).get("attn1", {})
 
 
 def _in_slot(block: str, slot: tuple[str, int]) -> bool:

@@ -2,12 +2,16 @@
 
 import copy
 
+import comfy.hooks
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
 import pytest
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock
+from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+from comfy_extras.nodes_sag import SelfAttentionGuidance
 from diffusers import DDIMScheduler
 from models import clip_latents, prompt, tiny_controlnet, tiny_model
 
@@ -77,8 +81,11 @@ def oracle_attention(attn1, name, method, now, derive_seed):
     return forward
 
 
-def oracle(model, latents, positive, method, derive_seed, frames_per_em=0):
-    """DDIM inversion in z = sqrt(abar) z0 + sqrt(1 - abar) eps: all latents on the way, (t+1, f, c, y, x)."""
+def oracle(model, latents, positive, method, derive_seed, frames_per_em=0, control=None):
+    """DDIM inversion in z = sqrt(abar) z0 + sqrt(1 - abar) eps: all latents on the way, (t+1, f, c, y, x).
+
+    Prompts with masks (in the size of the latents) share the picture; `control` gives a ControlNet's residuals for x, sigma.
+    """
     base = model.model
     unet = copy.deepcopy(base.diffusion_model)
     now = {"frames_per_em": frames_per_em}
@@ -92,7 +99,7 @@ def oracle(model, latents, positive, method, derive_seed, frames_per_em=0):
     sigmas = base.model_sampling.sigmas.double()
     abar = 1 / (1 + sigmas**2)
     z = latents["samples"] * base.latent_format.scale_factor
-    context = positive[0][0].expand(len(z), -1, -1)
+    prompts = [(text.expand(len(z), -1, -1), options.get("latent_mask", 1.0)) for text, options in positive]
     extra = {}
     if "SDXL" in type(base).__name__:
         y = base.encode_adm(device="cpu", pooled_output=positive[0][1]["pooled_output"], width=128, height=64)
@@ -102,7 +109,12 @@ def oracle(model, latents, positive, method, derive_seed, frames_per_em=0):
         if len(path) > STEPS:
             break
         now["sigma"] = float(sigmas[t].float())
-        out = unet(z, torch.full((len(z),), float(t)), context=context, transformer_options={}, **extra)
+        if control is not None:
+            extra["control"] = control(z * (1 + sigmas[t] ** 2).sqrt().float(), sigmas[t].float(), prompts[0][0])
+        time, out = torch.full((len(z),), float(t)), 0
+        for context, mask in prompts:
+            residuals = copy.deepcopy(extra)  # core empties the lists of residuals
+            out = out + mask * unet(z, time, context=context, transformer_options={}, **residuals)
         v_prediction = "V_PREDICTION" in [kind.__name__ for kind in type(base.model_sampling).__mro__]
         eps = abar[t].sqrt() * out + (1 - abar[t]).sqrt() * z if v_prediction else out
         z0 = (z - (1 - previous).sqrt() * eps) / previous.sqrt()
@@ -136,9 +148,106 @@ def test_other_layouts_equal_a_plain_loop_over_their_unet(pack, layout):
 def test_frames_per_em_estimates_for_each_group_of_frames_alone(pack):
     model, latents, positive = tiny_model(), clip_latents(FRAMES), prompt()
     expected = oracle(model, latents, positive, "stem", pack.stem.em.derive_seed, frames_per_em=2)
-    _, _, trajectory, basis = invert(pack, model, latents, positive, frames_per_em=2)
+    _, _, trajectory, blocker = invert(pack, model, latents, positive, frames_per_em=2)
     assert difference(in_ddim_scale(trajectory), expected) < 1e-5
-    assert basis.keys[0].shape == (STEPS, 8, 3 * EM["num_bases"], 4)  # two groups of two frames, one of one
+    assert "Set frames_per_em to 0" in blocker.message, "groups have no basis in common"
+
+
+# --------------------------------------------------------------- with what people put on the model and on the prompt
+
+
+LEFT, RIGHT = torch.zeros(2, 1, 64, 128)
+LEFT[..., :64], RIGHT[..., 64:] = 1, 1
+
+
+def halves():
+    """Two prompts, each for one half of the picture."""
+    return [
+        [text, {**options, "mask": mask, "latent_mask": mask[:, None, ::8, ::8]}]
+        for [[text, options]], mask in ((prompt(1), LEFT), (prompt(5), RIGHT))
+    ]
+
+
+@pytest.mark.parametrize("method", ["stem", "ddim"])
+def test_prompts_that_share_the_picture_equal_a_plain_loop(pack, method):
+    model, latents = tiny_model(), clip_latents(3)
+    expected = oracle(model, latents, halves(), method, pack.stem.em.derive_seed)
+    assert difference(in_ddim_scale(invert(pack, model, latents, halves(), method)[2]), expected) < 1e-5
+
+
+def test_a_prompt_for_every_frame_equals_a_plain_loop(pack):
+    model, latents, positive = tiny_model(), clip_latents(3), prompt(frames=3)
+    expected = oracle(model, latents, positive, "stem", pack.stem.em.derive_seed)
+    assert difference(in_ddim_scale(invert(pack, model, latents, positive)[2]), expected) < 1e-5
+
+
+def test_a_lora_acts_as_if_it_were_part_of_the_weights(pack):
+    key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_k.weight"
+    model, merged, latents = tiny_model(), tiny_model(), clip_latents(3)
+    change = torch.randn(32, 32, generator=torch.Generator().manual_seed(0)) / 10
+    model.add_patches({key: ("diff", (change,))})
+    merged.model.get_parameter(key).add_(change)
+    expected = oracle(merged, latents, prompt(), "stem", pack.stem.em.derive_seed)
+    assert difference(in_ddim_scale(invert(pack, model, latents, prompt())[2]), expected) < 1e-5
+
+
+def test_a_controlnet_sees_the_latent_that_is_left_at_the_level_that_is_entered(pack):
+    model, latents = tiny_model(), clip_latents(3)
+    hints = torch.rand(3, 3, 64, 128, generator=torch.Generator().manual_seed(0))
+    alone = tiny_controlnet().set_cond_hint(hints)
+    alone.pre_run(model.model, model.model.model_sampling.percent_to_sigma)
+
+    def residuals(x, sigma, context):
+        return alone.get_control(x, sigma.expand(len(x)), {"c_crossattn": context}, 1, {})
+
+    expected = oracle(model, latents, prompt(), "stem", pack.stem.em.derive_seed, control=residuals)
+    positive = prompt(control=tiny_controlnet().set_cond_hint(hints))
+    got = in_ddim_scale(invert(pack, model, latents, positive)[2])
+    assert difference(got, expected) < 1e-5
+    assert difference(got, in_ddim_scale(invert(pack, model, latents, prompt())[2])) > 1e-3
+
+
+def test_nodes_that_change_the_guidance_do_not_change_the_inversion(pack):
+    model, latents = tiny_model(), clip_latents(2)
+    plain = invert(pack, model, latents, prompt(), "ddim", steps=2)[0]["samples"]
+    [pag] = PerturbedAttentionGuidance.execute(model, scale=3.0).result
+    [sag] = SelfAttentionGuidance.execute(model, scale=0.5, blur_sigma=2.0).result
+    assert torch.equal(invert(pack, pag, latents, prompt(), "ddim", steps=2)[0]["samples"], plain)
+    assert difference(invert(pack, sag, latents, prompt(), "ddim", steps=2)[0]["samples"], plain) < 1e-5
+    assert "sampler_post_cfg_function" in pag.model_options and "sampler_post_cfg_function" in sag.model_options
+
+
+def test_the_recorded_bases_are_those_of_the_first_prompt(pack):
+    model, latents = tiny_model(), clip_latents(2)
+    both, alone, other = (invert(pack, model, latents, p, steps=1)[3] for p in (halves(), prompt(1), prompt(5)))
+    block = both.blocks.index("input_2")  # the first whose keys depend on the prompt
+    assert torch.allclose(both.keys[block], alone.keys[block], atol=1e-5)
+    assert not torch.allclose(both.keys[block], other.keys[block], atol=1e-2)
+
+
+def test_context_windows_have_bases_each(pack):
+    latents = clip_latents(6)
+    windowed = ContextWindowsManualNode.execute(
+        tiny_model(), context_length=4, context_overlap=2, context_schedule="standard_static", context_stride=1,
+        closed_loop=False, fuse_method="pyramid", dim=0, freenoise=False,
+    ).result[0]  # fmt: skip
+    noise, _, _, blocker = invert(pack, windowed, latents, prompt(), steps=2)
+    assert noise["samples"].isfinite().all() and "without windows" in blocker.message
+
+
+def test_a_hook_of_constant_strength_acts_and_a_scheduled_one_is_refused(pack):
+    model, latents = tiny_model(), clip_latents(2)
+    key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_k.weight"
+    hooks = comfy.hooks.HookGroup()
+    hook = comfy.hooks.WeightHook(strength_model=1.0, strength_clip=1.0)
+    hook.weights, hook.need_weight_init = {key: ("diff", (torch.ones(32, 32),))}, False
+    hooks.add(hook)
+    plain = invert(pack, model, latents, prompt(), "ddim", steps=2)[0]["samples"]
+    assert difference(invert(pack, model, latents, prompt(hooks=hooks), "ddim", steps=2)[0]["samples"], plain) > 1e-4
+    for start in (0.0, 0.5):
+        hook.hook_keyframe.add(comfy.hooks.HookKeyframe(strength=1 - start, start_percent=start))
+    with pytest.raises(ValueError, match=r"STEMInvertLatents: .*hooks of constant strength"):
+        invert(pack, model, latents, prompt(hooks=hooks), steps=2)
 
 
 def test_sampling_from_the_inverted_latent_equals_diffusers_ddim(pack):
@@ -295,9 +404,17 @@ def test_latents_that_do_not_fit_are_refused(pack, latents, message):
 
 
 @pytest.mark.parametrize(("layout", "family"), [("svd", "SVD_img2vid"), ("dit", "PixArtAlpha")])
-def test_models_without_image_self_attention_blocks_are_refused_by_name(pack, layout, family):
+@pytest.mark.parametrize("channels", [4, 16])
+def test_models_without_image_self_attention_blocks_are_refused_by_name(pack, layout, family, channels):
     with pytest.raises(ValueError, match=f"STEMInvertLatents: .*{family}.*Use a checkpoint of SD1"):
-        invert(pack, tiny_model(layout), clip_latents(2), prompt())
+        invert(pack, tiny_model(layout), {"samples": torch.zeros(2, channels, 8, 8)}, prompt())
+
+
+@pytest.mark.parametrize("method", ["stem", "ddim"])
+@pytest.mark.parametrize("options", [{"start_percent": 0.5, "end_percent": 1.0}, {"mask": LEFT}])
+def test_a_prompt_that_leaves_something_out_is_refused(pack, method, options):
+    with pytest.raises(ValueError, match=r"STEMInvertLatents: positive leaves a part of the picture without any prompt"):
+        invert(pack, tiny_model(), clip_latents(2), prompt(**options), method)
 
 
 def test_a_basis_of_another_model_is_refused(pack, estimated):

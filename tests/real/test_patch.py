@@ -1,5 +1,7 @@
 """The self-attention patch among everything else that people put on a model."""
 
+import copy
+
 import comfy.context_windows
 import comfy.hooks
 import comfy.model_patcher
@@ -81,8 +83,11 @@ def test_the_order_of_windows_and_their_anchor_is_understood(pack):
     animatediff = {"ad_params": {"full_length": 8, "context_length": 4, "sub_idxs": [0, 2, 4, 6]}}
     assert frames_of_call(q[:4], q[:4], animatediff) == (1, [0, 2, 4, 6])
     assert frames_of_call(q[:4], q[:4], {"ad_params": {"sub_idxs": None}}) == (1, [0, 1, 2, 3])
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="rearranges the frames"):
         frames_of_call(q[:3], q[:3], animatediff)
+    for ids in (None, [0, 2, 4, 6]):
+        with pytest.raises(ValueError, match="AnimateDiff and core's context windows are both on"):
+            frames_of_call(q[:4], q[:4], {"context_window": window, "ad_params": {"full_length": 8, "sub_idxs": ids}})
 
 
 @pytest.mark.parametrize("cfg", [1.0, 6.0])
@@ -103,7 +108,7 @@ def test_nodes_that_change_the_tokens_are_named_in_the_error(pack, model, other)
         [changed] = HyperTile.execute(model, tile_size=1, swap_size=1, max_depth=0, scale_depth=False)
     else:
         changed = TomePatchModel.execute(model, ratio=0.5).result[0]
-    with pytest.raises(ValueError, match="HyperTile, ToMe"):
+    with pytest.raises(ValueError, match=r"STEMPatchModel: .*HyperTile, ToMe"):
         sample(patch(pack, changed))
 
 
@@ -118,9 +123,18 @@ def test_clones_do_not_leak_into_each_other(pack, model):
     assert torch.equal(sample(model), plain) and torch.equal(sample(few), first)
 
 
-def test_a_second_patch_replaces_the_first(pack, model):
-    twice = patch(pack, patch(pack, model, num_bases=2), num_bases=16, blocks="middle")
-    assert torch.equal(sample(twice), sample(patch(pack, model, num_bases=16, blocks="middle")))
+def test_a_second_patch_replaces_the_first_on_its_own_blocks_only(pack, model):
+    twice = patch(pack, patch(pack, model, num_bases=2), num_bases=16)
+    assert torch.equal(sample(twice), sample(patch(pack, model, num_bases=16)))
+    inner, outer = patch(pack, model, num_bases=2, blocks="middle"), patch(pack, model, blocks="output")
+    both = patch(pack, inner, blocks="output")
+    assert torch.equal(sample(both), sample(patch(pack, outer, num_bases=2, blocks="middle")))
+    assert not torch.equal(sample(both), sample(inner)) and not torch.equal(sample(both), sample(outer))
+
+
+def test_a_range_that_ends_before_it_starts_is_refused(pack, model):
+    with pytest.raises(ValueError, match=r"STEMPatchModel: start_percent is 0\.6, after end_percent 0\.4"):
+        patch(pack, model, start_percent=0.6, end_percent=0.4)
 
 
 def test_a_model_with_our_patch_can_be_inverted_by_another_method(pack, model):
@@ -217,16 +231,32 @@ def test_hooks_on_one_prompt_split_the_call_and_run(pack, model):
     hook = comfy.hooks.TransformerOptionsHook(transformers_dict={"patches": {}})
     group = comfy.hooks.HookGroup()
     group.add(hook)
-    assert sample(patch(pack, model), prompt(1, hooks=group), cfg=5.0).isfinite().all()
+    patched, calls = patch(pack, model), []
+
+    def watch(executor, *args, **kwargs):
+        calls.append(args[-1]["cond_or_uncond"])
+        return executor(*args, **kwargs)
+
+    patched.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "test", watch)
+    out = sample(patched, prompt(1, hooks=group), cfg=5.0)
+    assert calls == [[0], [1]] * 2
+    assert torch.allclose(out, sample(patch(pack, model), cfg=5.0), atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["sd2", "sdxl"])
 def test_other_layouts_are_patched_in_all_their_blocks(pack, layout):
     model = tiny_model(layout)
-    patched = patch(pack, model)
-    assert sample(patched, cfg=5.0, steps=1).isfinite().all()
-    names = [block.name for block in pack.nodes.bridge.layout.read_layout(model).model.blocks]
-    assert not torch.equal(sample(patched, steps=1), sample(patch(pack, model, blocks=names[-1]), steps=1))
+    patched, called = patch(pack, model), []
+    [one] = set(patched.model_options["transformer_options"]["patches_replace"]["attn1"].values())
+    estimate = one.choice
+
+    def watched(k, v, call):
+        called.append(call.block)
+        return estimate(k, v, call)
+
+    object.__setattr__(one, "choice", watched)
+    assert sample(patched, cfg=1.0, steps=1).isfinite().all()
+    assert called == [block.name for block in pack.nodes.bridge.layout.read_layout(model).model.blocks]
 
 
 def test_the_patch_holds_nothing_that_changes(pack, model):
@@ -234,8 +264,8 @@ def test_the_patch_holds_nothing_that_changes(pack, model):
     placed = patched.model_options["transformer_options"]["patches_replace"]["attn1"]
     assert len({id(p) for p in placed.values()}) == 1
     [one, *_] = placed.values()
-    before = repr(vars(one))
+    before = copy.deepcopy((vars(one), vars(one.choice)))
     sample(patched, cfg=5.0)
-    assert repr(vars(one)) == before
+    assert repr((vars(one), vars(one.choice))) == repr(before)
     with pytest.raises(AttributeError):
         one.start_sigma = 0

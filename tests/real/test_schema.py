@@ -51,6 +51,8 @@ def test_ids_inputs_outputs_and_defaults_are_the_contract(pack):
             if hasattr(given, "default"):
                 assert given.default == DEFAULTS[given.id], (name, given.id)
             assert bool(given.advanced) == (given.id in ADVANCED), (name, given.id)
+            if given.id == "seed":
+                assert given.as_dict()["control_after_generate"] is False, "no new inversion with every queue"
     assert found == CONTRACT
 
 

@@ -140,11 +140,15 @@ def test_tokens_are_caught_at_the_chosen_levels_only():
     class Call:
         block, heads, sigma, frames = "input_1", 2, 1.0, [0, 1]
 
-    caught = bases.CaughtTokens(lambda k, v, call: iter(["context"]), torch.tensor([0.5, 2.0]))
+    class Choice:
+        seed = staticmethod(lambda call, start: 7)
+        __call__ = staticmethod(lambda k, v, call: iter(["context"]))
+
+    caught = bases.CaughtTokens(Choice(), torch.tensor([0.5, 2.0]))
     k = torch.arange(2 * 3 * 4.0).reshape(2, 3, 4)
     assert list(caught(k, -k, Call)) == ["context"] and not caught.found
     Call.sigma = 2.00001
     assert list(caught(k, -k, Call)) == ["context"]
-    ((key, (tokens, keys, values)),) = caught.found.items()
-    assert key == (1, "input_1") and tokens == 3
+    ((key, (tokens, seed, keys, values)),) = caught.found.items()
+    assert key == (1, "input_1") and tokens == 3 and seed == 7
     assert keys.shape == (2, 6, 2) and torch.equal(values, -keys)

@@ -1,6 +1,6 @@
 """What the bases of STEM inversion are like: how many live, how sharply tokens choose them, how much they keep.
 
-Keys and values are caught in a STEM inversion of the whole clip, EM is run over them as the inversion does, and the
+Keys and values are caught in a STEM inversion of the whole clip, EM is run over them from the same random bases, and the
 responsibilities of its last step are looked at. Figures are means over the heads and over the blocks of one resolution.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from stem.attention import pool_tokens
 from stem.basis import BasisSettings
 from stem.ddim import noise_levels
-from stem.em import EPSILON, derive_seed, estimate_basis, initial_bases
+from stem.em import EPSILON, estimate_basis, initial_bases
 from tools.bench import report
 from tools.bench.clips import GENERATED, Demo, environment, load_clip, load_demo
 
@@ -50,13 +50,13 @@ class CaughtTokens:
 
     def __init__(self, choice: Any, sigmas: Tensor):
         self.choice, self.sigmas = choice, sigmas
-        self.found: dict[tuple[int, str], tuple[int, Tensor, Tensor]] = {}  # level, block -> tokens a frame, k, v
+        self.found: dict[tuple[int, str], tuple[int, int, Tensor, Tensor]] = {}  # level, block -> tokens a frame, seed, k, v
 
     def __call__(self, k: Tensor, v: Tensor, call: Any) -> Iterator:
         for level, sigma in enumerate(self.sigmas.tolist()):
             if abs(sigma - call.sigma) < 1e-4 * sigma:
                 pooled = (pool_tokens(x, call.heads).clone() for x in (k, v))
-                self.found[level, call.block] = (k.shape[1], *pooled)
+                self.found[level, call.block] = (k.shape[1], self.choice.seed(call, 0), *pooled)
         yield from self.choice(k, v, call)
 
 
@@ -107,9 +107,9 @@ def catch(demo: Demo, name: str, steps: int) -> CaughtTokens:
 def by_resolution(caught: CaughtTokens) -> dict[str, report.Measures]:
     """Means over the blocks of every noise level and resolution."""
     blocks: report.Clips = {}
-    for (level, block), (tokens, keys, values) in caught.found.items():
+    for (level, block), (tokens, seed, keys, values) in caught.found.items():
         row = f"sigma {float(caught.sigmas[level]):.2f}, {tokens}"
-        blocks.setdefault(block, {})[row] = look(keys.float(), values.float(), derive_seed(SEED, block, level))
+        blocks.setdefault(block, {})[row] = look(keys.float(), values.float(), seed)
     return report.mean(blocks)
 
 

@@ -133,7 +133,7 @@ def attention_back(demo: Demo, name: str, trajectory: Any, basis: Any) -> Any:
     """What the self-attention reads while the clip is sampled back; None for each frame's own tokens."""
     attention = demo.pack.nodes.bridge.self_attention
     if name == "stem_plain":
-        return None
+        return demo.pack.nodes.invert.BASELINES["ddim"]
     if name == "stem_fixed":
         return attention.FixedBases(basis)
     if name in ("stem", "stem_8"):  # estimated anew, from other random bases than on the way there
@@ -150,8 +150,9 @@ def sample(demo: Demo, choice: Any, noise: dict, sigmas: Tensor, positive: list)
     bridge = demo.pack.nodes.bridge
     layout = bridge.layout.read_layout(demo.model)
     blocks = bridge.layout.choose_blocks(layout, "all")
+    patch = bridge.self_attention.patch_self_attention
     return SamplerCustom.execute(
-        model=bridge.self_attention.patch_self_attention(demo.model, layout, blocks, choice),
+        model=demo.model if choice is None else patch(demo.model, layout, blocks, choice),
         add_noise=False,
         noise_seed=0,
         cfg=1.0,
