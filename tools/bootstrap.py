@@ -218,6 +218,8 @@ def run_stages(stages: Sequence[Stage], where: Locations, out: TextIO) -> None:
     """Run the stages that have no stamp yet; each leaves one when it has succeeded."""
     where.environment.mkdir(parents=True, exist_ok=True)
     with locked(where.environment / "lock", out):
+        if lacks_python(stages, where):
+            shutil.rmtree(where.environment / "stamps", ignore_errors=True)
         todo = [stage for stage in stages if not stamp(stage, where.environment).exists()]
         check_space(sum(stage.gigabytes for stage in todo), where.environment)
         for stage in todo:
@@ -225,6 +227,11 @@ def run_stages(stages: Sequence[Stage], where: Locations, out: TextIO) -> None:
                 stage.run(where)
             stamp(stage, where.environment).parent.mkdir(exist_ok=True)
             stamp(stage, where.environment).touch()
+
+
+def lacks_python(stages: Sequence[Stage], where: Locations) -> bool:
+    """The environment was never made, or its base Python is gone: then nothing that was installed counts."""
+    return stages is STAGES and not where.python.exists()
 
 
 def check_space(gigabytes: float, folder: Path) -> None:
@@ -425,9 +432,7 @@ def setup(out: TextIO, tests: bool = False) -> Locations:
     else:
         check_python()
         stages = STAGES
-        if not where.python.exists():  # never made, or its base Python is gone: nothing that was installed counts
-            shutil.rmtree(where.environment / "stamps", ignore_errors=True)
-    if not all(stamp(stage, where.environment).exists() for stage in stages):
+    if lacks_python(stages, where) or not all(stamp(stage, where.environment).exists() for stage in stages):
         print(f"Environment: {where.environment}", file=out, flush=True)
         run_stages(stages, where, out)
         print("Set-up is complete.", file=out, flush=True)

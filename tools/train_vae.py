@@ -114,7 +114,9 @@ def main() -> None:
         step += 1
         if step % 100 == 0 or step == args.steps:
             figures = [psnr_of_round_trip(vae, x) for x in (unseen, *checks)]
-            torch.save({"vae": vae.state_dict(), "optimiser": optimiser.state_dict(), "step": step}, args.state)
+            part = args.state.with_suffix(".part")
+            torch.save({"vae": vae.state_dict(), "optimiser": optimiser.state_dict(), "step": step}, part)
+            part.replace(args.state)
             names = "scenes bikes carphone bunny".split()
             report = " ".join(f"{name} {figure:.2f}" for name, figure in zip(names, figures, strict=True))
             print(f"step {step} loss {loss.item():.5f} {time.time() - began:.0f} s, PSNR {report} dB", flush=True)
