@@ -1,7 +1,9 @@
 """The small checkpoint that ships with the pack, as the three objects that every stock node accepts.
 
-SD1.5's block layout at a tenth of its width: ComfyUI's own UNetModel with 32 base channels, a text encoder of CLIP's type
-with 128 channels behind the SD1 tokenizer, and a TAESD. The file has the keys of an ordinary SD1 checkpoint, but for the
+SD1.5's block layout at a small width: ComfyUI's own UNetModel with 64 base channels, a text encoder of CLIP's type with 64
+channels behind the SD1 tokenizer, and a TAESD. Core normalises in 32 groups: with 32 base channels each channel would be a
+group of its own, the mean over the picture would be lost before the last layer, and with it the colours. So the widths are
+1, 1, 2 and 2 times the base, where SD1.5 has 1, 2, 4 and 4. The file has the keys of an ordinary SD1 checkpoint, but for the
 token embedding: it holds the rows of the words that were trained (`token_ids`), all others are zero.
 """
 
@@ -24,8 +26,8 @@ TOKEN_EMBEDDING = TEXT_PREFIX + "transformer.text_model.embeddings.token_embeddi
 TOKEN_IDS = TEXT_PREFIX + "token_ids"
 VOCABULARY = 49408
 TEXT_CONFIG = {
-    "hidden_size": 128,
-    "intermediate_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 256,
     "num_attention_heads": 4,
     "num_hidden_layers": 2,
     "hidden_act": "quick_gelu",
@@ -36,8 +38,8 @@ UNET_CONFIG = {
     "image_size": 32,
     "in_channels": 4,
     "out_channels": 4,
-    "model_channels": 32,
-    "channel_mult": [1, 2, 4, 4],
+    "model_channels": 64,
+    "channel_mult": [1, 1, 2, 2],
     "num_res_blocks": [2, 2, 2, 2],
     "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
     "transformer_depth_middle": 1,

@@ -83,10 +83,9 @@ def tiny_model(layout: str = "sd15", seed: int = 0, dtype: torch.dtype = torch.f
     return ModelPatcher(model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
 
 
-def tiny_controlnet(seed: int = 7, context_dim: int = CONTEXT) -> comfy.controlnet.ControlNet:
-    """A ControlNet for the sd15 layout."""
-    sizes = {k: v for k, v in SD1.items() if k not in ("out_channels", "transformer_depth_output")}
-    sizes["context_dim"] = context_dim
+def tiny_controlnet(seed: int = 7, unet: dict = SD1) -> comfy.controlnet.ControlNet:
+    """A ControlNet for the sd15 layout, or for another UNet of the given sizes."""
+    sizes = {k: v for k, v in unet.items() if k not in ("out_channels", "transformer_depth_output")}
     net = comfy.cldm.cldm.ControlNet(**sizes, hint_channels=3, operations=comfy.ops.disable_weight_init)
     fill(net, seed, gain=0.3)
     return comfy.controlnet.ControlNet(net, load_device=comfy.model_management.get_torch_device())

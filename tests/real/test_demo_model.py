@@ -62,7 +62,7 @@ def test_the_vae_gives_pictures_back(demo, clip):
 def test_words_change_the_conditioning_and_unknown_ones_do_not_break_it(demo):
     encode = core.CLIPTextEncode().encode
     red, blue, unknown = (encode(demo[1], words)[0][0][0] for words in ("a red circle", "a blue circle", "an aardvark"))
-    assert red.shape == (1, 77, 128) and not torch.allclose(red, blue) and unknown.isfinite().all()
+    assert red.shape == (1, 77, 64) and not torch.allclose(red, blue) and unknown.isfinite().all()
 
 
 def test_a_lora_is_loaded_by_the_stock_node(demo, clip, tmp_path, monkeypatch):
@@ -71,8 +71,8 @@ def test_a_lora_is_loaded_by_the_stock_node(demo, clip, tmp_path, monkeypatch):
     assert name in comfy.lora.model_lora_keys_unet(model.model, {})
     g = torch.Generator().manual_seed(0)
     lora = {
-        f"{name}.lora_up.weight": torch.randn(32, 4, generator=g),
-        f"{name}.lora_down.weight": torch.randn(4, 32, generator=g),
+        f"{name}.lora_up.weight": torch.randn(64, 4, generator=g),
+        f"{name}.lora_down.weight": torch.randn(4, 64, generator=g),
     }
     safetensors.torch.save_file(lora, tmp_path / "test.safetensors")
     monkeypatch.setattr("folder_paths.get_full_path_or_raise", lambda kind, file: str(tmp_path / file))
@@ -82,9 +82,9 @@ def test_a_lora_is_loaded_by_the_stock_node(demo, clip, tmp_path, monkeypatch):
     assert not torch.allclose(sampled(changed, text, vae, latents, positive), sampled(model, text, vae, latents, positive))
 
 
-def test_a_controlnet_of_its_layout_acts(demo, clip):
+def test_a_controlnet_of_its_layout_acts(pack, demo, clip):
     model, text, vae = demo
-    control = tiny_controlnet(context_dim=128)
+    control = tiny_controlnet(unet=pack.nodes.bridge.demo_model.UNET_CONFIG)
     positive = core.CLIPTextEncode().encode(text, clip[2])[0]
     [steered] = core.ControlNetApply().apply_controlnet(positive, control, clip[0], 1.0)
     latents = core.VAEEncode().encode(vae, clip[0])[0]
@@ -96,12 +96,12 @@ def test_model_save_writes_what_was_loaded(pack, demo, tmp_path):
     comfy.sd.save_checkpoint(str(path), demo[0], demo[1], demo[2])
     saved = comfy.utils.load_torch_file(str(path))
     shipped = pack.nodes.bridge.demo_model._read_checkpoint()
-    for key in shipped:
-        if key in saved:
-            assert torch.equal(saved[key].float(), shipped[key].float()), key
-    assert sum(key.startswith("model.diffusion_model.") for key in saved) == sum(
-        key.startswith("model.diffusion_model.") for key in shipped
-    )
+    for prefix in ("model.diffusion_model.", "first_stage_model."):
+        names = {key for key in shipped if key.startswith(prefix)}
+        assert names and {key for key in saved if key.startswith(prefix)} == names
+        assert all(torch.equal(saved[key].float(), shipped[key].float()) for key in names)
+    words = [value for key, value in saved.items() if key.endswith("token_embedding.weight")]
+    assert len(words) == 1 and words[0].shape == (49408, 64) and words[0].any()
 
 
 def test_a_missing_checkpoint_is_explained(pack, monkeypatch, tmp_path):

@@ -1,4 +1,5 @@
-"""What the bases of STEM inversion are like: how many live, how sharply tokens choose them, how much they keep.
+"""What the bases of STEM inversion are like: how many live, how sharply tokens choose them, how much they keep, and how the
+reconstruction changes with their number, the temperature and the rounds of EM.
 
 Keys and values are caught in a STEM inversion of the whole clip, EM is run over them from the same random bases, and the
 responsibilities of its last step are looked at. Figures are means over the heads and over the blocks of one resolution.
@@ -18,10 +19,10 @@ from stem.ddim import noise_levels
 from stem.em import EPSILON, estimate_basis, initial_bases
 from tools.bench import report
 from tools.bench.clips import GENERATED, Demo, environment, load_clip, load_demo
+from tools.bench.inversion import BASES, Inversion, measure
 
 CLIPS = (GENERATED[0], "bikes.mp4")
 STEPS, QUICK_STEPS = 50, 10
-NUM_BASES, ITERATIONS, TEMPERATURE, SEED = 256, 5, 0.01, 0  # the nodes' defaults
 DEAD = 1e-3  # tokens: a basis with less of them in all is dead
 COLUMNS = {
     "tokens": ("tokens", ".0f"),
@@ -32,6 +33,19 @@ COLUMNS = {
     "sharpness": ("norm / temperature", ".0f"),
     "lost_keys": ("keys lost", ".1%"),
     "lost_values": ("values lost", ".1%"),
+}
+VARIATIONS = {  # of the nodes' defaults
+    "as the paper": {},
+    "64 bases": {"num_bases": 64},
+    "1024 bases": {"num_bases": 1024},
+    "temperature 0.1": {"temperature": 0.1},
+    "temperature 1": {"temperature": 1.0},
+    "20 iterations": {"em_iterations": 20},
+}
+RECONSTRUCTION = Inversion("stem", 0, ("stem", "stem_fixed"))
+VARIATION_COLUMNS = {
+    "stem": ("PSNR (dB), estimated anew", ".2f"),
+    "stem_fixed": ("PSNR (dB), recorded bases", ".2f"),
 }
 MEASURES = {
     "tokens": "of all frames together, for 256 bases",
@@ -66,9 +80,7 @@ def run(path: Path, quick: bool) -> None:
     steps = QUICK_STEPS if quick else STEPS
     settings = {
         "steps": steps,
-        "num_bases": NUM_BASES,
-        "iterations": ITERATIONS,
-        "temperature": TEMPERATURE,
+        **BASES,
         **environment(demo),
         "measures": MEASURES,
     }
@@ -78,8 +90,23 @@ def run(path: Path, quick: bool) -> None:
         if name not in clips:
             clips[name] = by_resolution(catch(demo, name, steps))
             report.save(path, results)
+        varied = results.setdefault("variations", {}).setdefault(name, {})
+        for title, change in VARIATIONS.items():
+            if title not in varied:
+                varied[title] = reconstruct(demo, name, steps, change)
+                report.save(path, results)
     rows = {f"{name}, {row}": found for name, group in clips.items() for row, found in group.items()}
     print(report.table(rows, COLUMNS, "clip, noise level, tokens a frame"))
+    print("\n" + report.table(report.mean(results["variations"]), VARIATION_COLUMNS, "bases"))
+
+
+def reconstruct(demo: Demo, name: str, steps: int, change: dict[str, Any]) -> report.Measures:
+    """PSNR of a clip that is inverted with other bases and sampled back."""
+    source = load_clip(name)
+    latents, positive = demo.encode(source.images), demo.text(source.prompt)
+    kept = demo.decode(latents)
+    found = measure(demo, RECONSTRUCTION, source, kept, latents, positive, steps, {**BASES, **change})
+    return {way: measures["psnr"] for way, measures in found.items()}
 
 
 def catch(demo: Demo, name: str, steps: int) -> CaughtTokens:
@@ -88,7 +115,7 @@ def catch(demo: Demo, name: str, steps: int) -> CaughtTokens:
     source = load_clip(name)
     layout = bridge.layout.read_layout(demo.model)
     levels = noise_levels(demo.model.get_model_object("model_sampling").sigmas, steps)[1:]
-    settings = BasisSettings(NUM_BASES, ITERATIONS, TEMPERATURE, SEED, frames_per_em=0)
+    settings = BasisSettings(*BASES.values(), frames_per_em=0)
     choice = CaughtTokens(bridge.self_attention.EstimatedBases(settings), levels[[0, steps // 2, steps - 1]])
     bridge.inversion.invert(
         demo.model,
@@ -115,9 +142,10 @@ def by_resolution(caught: CaughtTokens) -> dict[str, report.Measures]:
 
 def look(keys: Tensor, values: Tensor, seed: int) -> report.Measures:
     """The bases of one block's tokens (h, n, d), and the last responsibilities z that made them."""
-    mu = initial_bases(keys, NUM_BASES, seed)
-    mu, _ = estimate_basis(keys, values, NUM_BASES, ITERATIONS - 1, TEMPERATURE, initial=mu)
-    z = torch.softmax(keys @ (mu / (mu.norm(dim=-1, keepdim=True) + EPSILON)).mT / TEMPERATURE, dim=-1)
+    count, iterations, temperature, _ = BASES.values()
+    mu = initial_bases(keys, count, seed)
+    mu, _ = estimate_basis(keys, values, count, iterations - 1, temperature, initial=mu)
+    z = torch.softmax(keys @ (mu / (mu.norm(dim=-1, keepdim=True) + EPSILON)).mT / temperature, dim=-1)
     mass = reduce(z, "h n m -> h m", "sum")
     norm = keys.norm(dim=-1).mean()
     return {
@@ -126,7 +154,7 @@ def look(keys: Tensor, values: Tensor, seed: int) -> report.Measures:
         "certainty": z.amax(-1).mean().item(),
         "entropy": torch.special.entr(z).sum(-1).mean().item(),
         "key_norm": norm.item(),
-        "sharpness": norm.item() / TEMPERATURE,
+        "sharpness": norm.item() / temperature,
         "lost_keys": lost(keys, z, mass),
         "lost_values": lost(values, z, mass),
     }

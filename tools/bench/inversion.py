@@ -92,7 +92,14 @@ def run(path: Path, quick: bool) -> None:
 
 
 def measure(
-    demo: Demo, inversion: Inversion, source: Clip, kept: Tensor, latents: dict, positive: list, steps: int
+    demo: Demo,
+    inversion: Inversion,
+    source: Clip,
+    kept: Tensor,
+    latents: dict,
+    positive: list,
+    steps: int,
+    bases: dict[str, Any] = BASES,
 ) -> dict[str, report.Measures]:
     """Inverts a clip once and samples it back in each of the ways; their measures by name.
 
@@ -100,6 +107,7 @@ def measure(
         kept: the source as the VAE gives it back, (f, height, width, 3).
         latents: the source, encoded.
         positive: its prompt, encoded.
+        bases: the inputs of the node that say how bases are estimated.
     """
 
     def invert(steps: int) -> tuple:
@@ -111,7 +119,7 @@ def measure(
             method=inversion.method,
             frames_per_em=inversion.frames_per_em,
             blocks="all",
-            **BASES,
+            **bases,
         ).result
 
     invert(1)
