@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .scenes import BACKGROUNDS, COLOURS
+from .scenes import BACKGROUNDS, COLOURS, Scene
 
 DARKEST = 0.8  # a figure's shading at its foot
 NEAR = 0.15  # distance in RGB within which a pixel is surely of a palette
@@ -34,6 +34,12 @@ class Reading(NamedTuple):
     colour: str | None
     shape: str | None
     background: str | None
+
+
+def true_reading(scene: Scene) -> Reading:
+    """What pictures of a scene should be read as."""
+    main = scene.figures[0]
+    return Reading(main.colour, main.shape, scene.background)
 
 
 def read_clip(images: Tensor) -> Reading:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from stem.metrics import estimate_flow, flicker, psnr, ssim
-from stem.reader import Reading, read_clip
+from stem.reader import read_clip, true_reading
 from stem.scenes import Scene, random_scene, render
 from tools import bootstrap, comfy
 from tools.pictures import contact_sheet, save_video, side_by_side
@@ -61,7 +61,7 @@ def generated_scene(server: comfy.Server, steps: int, out: TextIO) -> Result:
         "seconds": edit_seconds,
         "psnr_outside_mask": psnr(clips["edit"], clips["source"], 1 - drawn.mask),
         "shows": read_clip(clips["edit"])._asdict(),
-        "should_show": Reading(wanted.figures[0].colour, wanted.figures[0].shape, wanted.background)._asdict(),
+        "should_show": true_reading(wanted)._asdict(),
     }
     return Result({**clips, "truth of the edit": truth}, metrics)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from stem.metrics import psnr
-from stem.reader import Reading, read_images
+from stem.reader import Reading, read_images, true_reading
 from stem.scenes import Scene, caption, random_scene, render
 from tools import bootstrap, comfy
 from tools.training_data import REAL_CLIPS, real_frames
@@ -41,8 +41,7 @@ class Sample(NamedTuple):
 
     @property
     def wanted(self) -> Reading:
-        main = self.scene.figures[0]
-        return Reading(main.colour, main.shape, self.scene.background)
+        return true_reading(self.scene)
 
 
 def sample(pack: ModuleType, prompts: list[str], steps: int, cfg: float) -> Tensor:

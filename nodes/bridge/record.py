@@ -26,11 +26,11 @@ class BasisRecord:
 
     def add(self, block: str, sigma: float, uuid: object, first_frame: int, keys: Tensor, values: Tensor) -> None:
         place, rank = (block, nearest_level(self.levels, sigma)), self.rank.get(uuid, 0)
-        known_rank, known_frame = self.found[place][:2] if place in self.found else (rank + 1, first_frame)
-        if first_frame != known_frame:
+        known = self.found.get(place)
+        if known is not None and known[1] != first_frame:
             self.grouped = True
             self.found.clear()
-        if not self.grouped and rank < known_rank:
+        if not self.grouped and (known is None or rank < known[0]):
             self.found[place] = (rank, first_frame, keys.to(intermediate_device()), values.to(intermediate_device()))
 
     def basis(self, frame_ids: tuple[int, ...], total_frames: int, settings: BasisSettings, model: ModelFingerprint) -> Basis:

@@ -115,7 +115,7 @@ def catch(demo: Demo, name: str, steps: int) -> CaughtTokens:
     source = load_clip(name)
     layout = bridge.layout.read_layout(demo.model)
     levels = noise_levels(demo.model.get_model_object("model_sampling").sigmas, steps)[1:]
-    settings = BasisSettings(*BASES.values(), frames_per_em=0)
+    settings = BasisSettings(BASES["num_bases"], BASES["em_iterations"], BASES["temperature"], BASES["seed"], frames_per_em=0)
     choice = CaughtTokens(bridge.self_attention.EstimatedBases(settings), levels[[0, steps // 2, steps - 1]])
     bridge.inversion.invert(
         demo.model,
@@ -142,7 +142,7 @@ def by_resolution(caught: CaughtTokens) -> dict[str, report.Measures]:
 
 def look(keys: Tensor, values: Tensor, seed: int) -> report.Measures:
     """The bases of one block's tokens (h, n, d), and the last responsibilities z that made them."""
-    count, iterations, temperature, _ = BASES.values()
+    count, iterations, temperature = (BASES[name] for name in ("num_bases", "em_iterations", "temperature"))
     mu = initial_bases(keys, count, seed)
     mu, _ = estimate_basis(keys, values, count, iterations - 1, temperature, initial=mu)
     z = torch.softmax(keys @ (mu / (mu.norm(dim=-1, keepdim=True) + EPSILON)).mT / temperature, dim=-1)

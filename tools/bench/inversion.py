@@ -141,7 +141,7 @@ def attention_back(demo: Demo, name: str, trajectory: Any, basis: Any) -> Any:
     """What the self-attention reads while the clip is sampled back; None for each frame's own tokens."""
     attention = demo.pack.nodes.bridge.self_attention
     if name == "stem_plain":
-        return demo.pack.nodes.invert.BASELINES["ddim"]
+        return None
     if name == "stem_fixed":
         return attention.FixedBases(basis)
     if name in ("stem", "stem_8"):  # estimated anew, from other random bases than on the way there
