@@ -19,13 +19,42 @@ def test_the_text_encoder_in_training_is_that_of_core(pack, demo):
     shipped = train_unet.read_checkpoint(config.CHECKPOINT, config)
     text = train_unet.Text(config, shipped["text.ids"])
     weights = {k.removeprefix("text."): v for k, v in shipped.items() if k.startswith("text.")}
-    missing, unexpected = text.load_state_dict(weights, strict=False)
-    assert missing == ["model.text_projection.weight"] and not unexpected, "SD1 has no use for the projection"
+    text.load_state_dict(weights)
     words = "a red circle on grass"
     ids = [token for token, _ in train_unet.comfy_tokenizer().tokenize_with_weights(words)["l"][0]]
     rows = torch.tensor([shipped["text.ids"].tolist().index(i) for i in ids])
     [[expected, _]] = demo.text(words)
     assert torch.allclose(text(rows[None]), expected.float(), atol=2e-3)
+
+
+@torch.inference_mode(False)  # unlike the nodes of all other tests here
+def test_training_goes_on_from_the_shipped_checkpoint(pack):
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    config = pack.nodes.bridge.demo_model
+    shipped = train_unet.read_checkpoint(config.CHECKPOINT, config)
+    shipped.pop("vae")
+    unet = UNetModel(**config.UNET_CONFIG, device="cpu", dtype=torch.float32)
+    both = train_unet.Denoiser(unet, train_unet.Text(config, shipped["text.ids"])).requires_grad_(True)
+    both.load_state_dict(shipped)
+    optimisers = train_unet.Optimisers(both)
+    before = {name: p.detach().clone() for name, p in both.named_parameters()}
+    z = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)) / 4
+    rows = torch.randint(len(shipped["text.ids"]), (4, 77), generator=torch.Generator().manual_seed(1))
+    losses = []
+    for _ in range(4):
+        both.zero_grad()
+        loss = both(z, rows, torch.Generator().manual_seed(2))
+        loss.backward()
+        optimisers.step(3e-4)
+        losses.append(loss.item())
+    assert sorted(losses, reverse=True) == losses, "the same pictures and noise are predicted better after every step"
+    still = [name for name, p in both.named_parameters() if torch.equal(p, before[name])]
+    assert not still, "every weight is trained"
+    again = train_unet.Optimisers(both)
+    again.load_state_dict(optimisers.state_dict())
+    momenta = [[state["momentum_buffer"] for state in o.all[0].state.values()] for o in (optimisers, again)]
+    assert len(momenta[0]) == len(optimisers.flat) > 100 and all(map(torch.equal, *momenta))
 
 
 def test_padded_attention_is_attention(pack):
