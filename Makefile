@@ -25,7 +25,7 @@ test: setup-tests  ## run all tests
 	@$(PYTHON) -m pytest -c tests/pytest.ini $(ARGS) $(if $(filter tests%,$(ARGS)),,tests)
 
 serve: setup  ## run ComfyUI with the pack on 127.0.0.1:8188
-	@$(PYTHON) -m tools.comfy $(ARGS)
+	@$(PYTHON) -m tools.server $(ARGS)
 
 bench: setup  ## measure the inversion methods on a few clips
 	@$(PYTHON) -m tools.bench inversion --quick $(ARGS)

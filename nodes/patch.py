@@ -68,10 +68,10 @@ class STEMPatchModel(io.ComfyNode):
         cls, model, num_bases, em_iterations, seed, start_percent, end_percent, temperature, blocks, basis=None
     ) -> io.NodeOutput:
         with named(cls):
-            if start_percent > end_percent:
+            if start_percent >= end_percent:
                 raise ValueError(
-                    f"start_percent is {start_percent:g}, after end_percent {end_percent:g}, so the patch would never act. "
-                    "Swap them."
+                    f"start_percent {start_percent:g} is not below end_percent {end_percent:g}, so the patch would never act. "
+                    "Lower the one or raise the other."
                 )
             layout = read_layout(model)
             names = choose_blocks(layout, blocks)

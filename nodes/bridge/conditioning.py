@@ -4,38 +4,52 @@ import copy
 from typing import Any
 
 import torch
+from comfy.controlnet import ControlBase
+
+CYCLIC = ("pooled_output", "mask")
+"""Options of which core takes one row for each frame, beside the prompt itself."""
 
 
 def select_frames(conditioning: list, ids: list[int], frames: int) -> list:
     """The same conditioning for some frames of a clip.
 
-    Tensors with one entry for every frame (prompts that change, masks, ControlNet hints along the chain) keep those of
-    the chosen frames; everything else is passed on as it is, and nothing is changed in place.
+    Prompts, masks and ControlNet hints (along the chain) that change from frame to frame keep what core would show the chosen
+    frames: it goes around where there are fewer than frames. Of other tensors only those with one entry for every frame are
+    cut down. Everything else is passed on as it is, and nothing is changed in place.
 
     Args:
         conditioning: Core's list of [tensor, options].
         ids: Frames to keep.
         frames: Length of the clip.
     """
+    if ids == list(range(frames)):
+        return conditioning
+    controls = {}  # one copy of each, as core runs prompts together that share a ControlNet
+
+    def select(name: str, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return _select_rows(value, ids) if name in CYCLIC or (value.ndim > 1 and len(value) == frames) else value
+        if hasattr(value, "cond_hint_original"):
+            return _select_control(value, ids, controls)
+        return copy.copy(value) if isinstance(value, (list, dict)) else value
+
     return [
-        [_select(tensor, ids, frames), {name: _select(value, ids, frames) for name, value in options.items()}]
+        [_select_rows(tensor, ids), {name: select(name, value) for name, value in options.items()}]
         for tensor, options in conditioning
     ]
 
 
-def _select(value: Any, ids: list[int], frames: int) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value[ids] if value.ndim > 1 and len(value) == frames > 1 else value
-    if hasattr(value, "cond_hint_original"):  # a ControlNet: `copy` keeps its hint and settings, and shares its weights
-        chosen = value.copy()
-        chosen.cond_hint_original = _select_hints(value.cond_hint_original, ids)
-        chosen.extra_concat_orig = [_select_hints(extra, ids) for extra in value.extra_concat_orig]
-        if value.previous_controlnet is not None:
-            chosen.set_previous_controlnet(_select(value.previous_controlnet, ids, frames))
-        return chosen
-    return copy.copy(value) if isinstance(value, (list, dict)) else value
+def _select_control(control: ControlBase, ids: list[int], done: dict[int, ControlBase]) -> ControlBase:
+    """A copy of a ControlNet, and of those before it, with the hints of some frames; the weights are shared."""
+    if id(control) not in done:
+        chosen = done[id(control)] = control.copy()
+        chosen.cond_hint_original = _select_rows(control.cond_hint_original, ids)
+        chosen.extra_concat_orig = [_select_rows(extra, ids) for extra in control.extra_concat_orig]
+        if control.previous_controlnet is not None:
+            chosen.set_previous_controlnet(_select_control(control.previous_controlnet, ids, done))
+    return done[id(control)]
 
 
-def _select_hints(hints: torch.Tensor | None, ids: list[int]) -> torch.Tensor | None:
-    """Hints of the chosen frames; core repeats hints that are fewer than the frames."""
-    return hints if hints is None or len(hints) == 1 else hints[[i % len(hints) for i in ids]]
+def _select_rows(x: torch.Tensor | None, ids: list[int]) -> torch.Tensor | None:
+    """Rows of the chosen frames, as core repeats rows that are fewer than the frames; a single one stands for all."""
+    return x if x is None or len(x) == 1 else x[[i % len(x) for i in ids]]

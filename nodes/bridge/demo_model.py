@@ -9,7 +9,6 @@ token embedding: it holds the rows of the words that were trained (`token_ids`),
 
 from pathlib import Path
 
-import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd

@@ -8,6 +8,7 @@ import comfy.utils
 import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.model_sampling import ModelSamplingDiscrete
 from torch import Tensor
 
 from ...stem.basis import BasisSettings
@@ -17,7 +18,13 @@ from .layout import Layout
 from .record import RECORD, BasisRecord
 from .self_attention import ContextChoice, patch_self_attention, without_own_patches
 
-GUIDANCE = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function", "disable_cfg1_optimization")
+GUIDANCE = (
+    "sampler_calc_cond_batch_function",
+    "sampler_cfg_function",
+    "sampler_pre_cfg_function",
+    "sampler_post_cfg_function",
+    "disable_cfg1_optimization",
+)
 """Model options by which other nodes (PAG, SAG, RescaleCFG) change the prediction; an inversion takes it as it is."""
 
 
@@ -81,7 +88,9 @@ def invert(
     if not positive:
         raise ValueError("positive is an empty conditioning. Connect the prompt that describes the source clip.")
     _refuse_scheduled_hooks(positive)
-    levels = noise_levels(model.get_model_object("model_sampling").sigmas.cpu().float(), steps)
+    sampling = model.get_model_object("model_sampling")
+    levels = noise_levels(sampling.sigmas.cpu().float(), steps)
+    _refuse_gaps(positive, levels[1:], sampling)
     model = without_own_patches(model)
     for name in GUIDANCE:
         model.model_options.pop(name, None)
@@ -124,13 +133,28 @@ def climb(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable:
         denoised = model(inversion_input(x, source, destination), destination * each, **extra_args)
         if (denoised == 0).all(dim=1).any():  # core's answer where no conditioning is active
             raise ValueError(
-                f"positive leaves a part of the picture without any prompt at sigma {float(destination):.4g}. Take timestep "
-                "ranges off it, and give the parts outside its masks or areas a prompt too."
+                f"positive leaves a part of the picture without any prompt at sigma {float(destination):.4g}. Give the parts "
+                "outside its masks or areas a prompt too, for the same timesteps."
             )
         x = inversion_update(x, denoised, source, destination)
         path[i + 1] = x
         callback({"x": x, "i": i, "sigma": destination, "sigma_hat": destination, "denoised": denoised})
     return x
+
+
+def _refuse_gaps(conditioning: list, levels: Tensor, sampling: ModelSamplingDiscrete) -> None:
+    """Timestep ranges that leave a level without any prompt; told before the climb begins."""
+    ranges = []
+    for _, options in conditioning:
+        start, end = (options.get(f"{edge}_percent", whole) for edge, whole in (("start", 0.0), ("end", 1.0)))
+        start, end = max(start, options.get("clip_start_percent", 0.0)), min(end, options.get("clip_end_percent", 1.0))
+        ranges.append((sampling.percent_to_sigma(end), sampling.percent_to_sigma(start)))
+    for sigma in levels.tolist():
+        if not any(low <= sigma <= high for low, high in ranges):
+            raise ValueError(
+                f"positive leaves the picture without any prompt at sigma {sigma:.4g}. Take timestep ranges off it, or let "
+                "another prompt begin where one ends."
+            )
 
 
 def _refuse_scheduled_hooks(conditioning: list) -> None:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
 from comfy.model_patcher import ModelPatcher
-from comfy.model_sampling import V_PREDICTION, ModelSamplingDiscrete
+from comfy.model_sampling import V_PREDICTION, X0, ModelSamplingDiscrete
 
 from ...stem.basis import BlockLayout, ModelFingerprint
 
@@ -49,7 +49,7 @@ def read_layout(model: ModelPatcher) -> Layout:
             f"this model samples by {type(sampling).__mro__[1].__name__}, not over a thousand discrete noise levels. Take "
             f"ModelSampling nodes off it. {FITTING}"
         )
-    prediction = "v" if isinstance(sampling, V_PREDICTION) else "eps"
+    prediction = "v" if isinstance(sampling, V_PREDICTION) else "x0" if isinstance(sampling, X0) else "eps"
     return Layout(tuple(slots), ModelFingerprint(family, prediction, tuple(blocks)))
 
 
@@ -63,7 +63,8 @@ def choose_blocks(layout: Layout, choice: str) -> tuple[str, ...]:
 
     Args:
         layout: Of the model.
-        choice: "all", or names separated by commas: a side ("output"), a block ("output_4"), a range ("output_4-8").
+        choice: "all", or names separated by commas: a side ("output"), a block ("output_4"), a range ("output_4-8"), one
+            of several in a block ("input_7_2", the first "input_7_0").
 
     Raises:
         ValueError: A part of the choice names no block of this model.
@@ -80,7 +81,7 @@ def choose_blocks(layout: Layout, choice: str) -> tuple[str, ...]:
         elif dash and low.isdigit() and high.isdigit():
             found = {n for n in names if n.split("_")[0] == side and int(low) <= int(n.split("_")[1]) <= int(high)}
         else:
-            found = {n for n in names if n == part or n.startswith(f"{part}_")}
+            found = {n for n in names if part in (n, f"{n}_0") or n.startswith(f"{part}_")}
         if not found:
             raise ValueError(f'blocks names "{part}", which this model does not have. It has: {", ".join(names)}.')
         chosen |= found

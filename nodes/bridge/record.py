@@ -1,5 +1,7 @@
 """Collects the bases of one inversion as its patches estimate them."""
 
+from threading import Lock
+
 import torch
 from comfy.model_management import intermediate_device
 from torch import Tensor
@@ -23,15 +25,17 @@ class BasisRecord:
         self.rank = {uuid: rank for rank, uuid in enumerate(uuids)}
         self.found: dict[tuple[str, int], tuple[int, int, Tensor, Tensor]] = {}
         self.grouped = False
+        self._lock = Lock()  # core samples conditionings on several devices at a time
 
     def add(self, block: str, sigma: float, uuid: object, first_frame: int, keys: Tensor, values: Tensor) -> None:
         place, rank = (block, nearest_level(self.levels, sigma)), self.rank.get(uuid, 0)
-        known = self.found.get(place)
-        if known is not None and known[1] != first_frame:
-            self.grouped = True
-            self.found.clear()
-        if not self.grouped and (known is None or rank < known[0]):
-            self.found[place] = (rank, first_frame, keys.to(intermediate_device()), values.to(intermediate_device()))
+        with self._lock:
+            known = self.found.get(place)
+            if known is not None and known[1] != first_frame:
+                self.grouped = True
+                self.found.clear()
+            if not self.grouped and (known is None or rank < known[0]):
+                self.found[place] = (rank, first_frame, keys.to(intermediate_device()), values.to(intermediate_device()))
 
     def basis(self, frame_ids: tuple[int, ...], total_frames: int, settings: BasisSettings, model: ModelFingerprint) -> Basis:
         """All that was recorded; the record is empty afterwards.
@@ -42,7 +46,7 @@ class BasisRecord:
         if self.grouped:
             raise ValueError(
                 "each group of frames has bases of its own (frames_per_em, context windows), so there is no one basis for the "
-                "clip. Set frames_per_em to 0 and invert without windows, or use STEM Basis Estimate."
+                "clip. Take the context windows off this model, and set frames_per_em to 0 where the node has it."
             )
         keys, values = [], []
         for block in self.blocks:

@@ -1,7 +1,7 @@
 """The attn1 replace patch: every frame of a call reads a context that may come from other frames, or from bases."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -102,6 +102,7 @@ class SelfAttentionPatch:
     start_sigma: float
     end_sigma: float
     owner: str = ""  # the node to name in an error while some sampler runs
+    earlier: "SelfAttentionPatch | None" = None  # acts on the blocks of the slot that this one leaves alone
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
         try:
@@ -112,13 +113,18 @@ class SelfAttentionPatch:
             raise ValueError(f"{self.owner}: {error}") from error
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
-        side, number = extra_options["block"][:2]
-        block = block_name(side, number, extra_options.get("block_index", 0))
-        sigma = float(extra_options["sigmas"][0])
+        where, sigmas = extra_options.get("block"), extra_options.get("sigmas")
+        heads, precision = extra_options.get("n_heads"), extra_options.get("attn_precision")
+        if where is None or sigmas is None or heads is None:
+            raise ValueError(
+                "self-attention was called without its block, noise level or number of heads. Another node on this model calls "
+                "it in a way of its own: take that node off."
+            )
+        block, sigma = block_name(*where[:2], extra_options.get("block_index", 0)), float(sigmas[0])
+        if block not in self.heads and self.earlier is not None:
+            return self.earlier(q, k, v, extra_options)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            precision = extra_options.get("attn_precision")
-            heads = extra_options.get("n_heads") or self.heads[block]
             return optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=extra_options)
 
         if block not in self.heads or not self.end_sigma <= sigma <= self.start_sigma:
@@ -174,8 +180,10 @@ def patch_self_attention(
     sampling = model.get_model_object("model_sampling")
     start, end = (float(sampling.percent_to_sigma(p)) for p in percent)
     patch = SelfAttentionPatch(choice, heads, start, end, owner)
-    for side, number in slots:
-        model.set_model_attn1_replace(patch, side, number)
+    for slot in slots:
+        left = any(_in_slot(block.name, slot) and block.name not in heads for block in layout.model.blocks)
+        earlier = placed.get(slot) if left else None
+        model.set_model_attn1_replace(patch if earlier is None else replace(patch, earlier=earlier), *slot)
     return model
 
 

@@ -6,6 +6,7 @@ import comfy.hooks
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
+import latent_preview
 import pytest
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock
@@ -150,7 +151,7 @@ def test_frames_per_em_estimates_for_each_group_of_frames_alone(pack):
     expected = oracle(model, latents, positive, "stem", pack.stem.em.derive_seed, frames_per_em=2)
     _, _, trajectory, blocker = invert(pack, model, latents, positive, frames_per_em=2)
     assert difference(in_ddim_scale(trajectory), expected) < 1e-5
-    assert "Set frames_per_em to 0" in blocker.message, "groups have no basis in common"
+    assert "set frames_per_em to 0" in blocker.message, "groups have no basis in common"
 
 
 # --------------------------------------------------------------- with what people put on the model and on the prompt
@@ -213,8 +214,38 @@ def test_nodes_that_change_the_guidance_do_not_change_the_inversion(pack):
     [pag] = PerturbedAttentionGuidance.execute(model, scale=3.0).result
     [sag] = SelfAttentionGuidance.execute(model, scale=0.5, blur_sigma=2.0).result
     assert torch.equal(invert(pack, pag, latents, prompt(), "ddim", steps=2)[0]["samples"], plain)
+    with pytest.raises(ValueError, match=r"STEMInvertLatents: .* middle_0 is already replaced by .* of comfy_extras.nodes_sag"):
+        invert(pack, sag, latents, prompt(), steps=2)
     assert difference(invert(pack, sag, latents, prompt(), "ddim", steps=2)[0]["samples"], plain) < 1e-5
     assert "sampler_post_cfg_function" in pag.model_options and "sampler_post_cfg_function" in sag.model_options
+
+
+def test_the_sampler_function_of_another_node_is_not_asked(pack):
+    model, latents = tiny_model(), clip_latents(2)
+    changed = model.clone()
+    changed.set_model_sampler_calc_cond_batch_function(lambda given: [torch.zeros_like(given["input"])] * 2)
+    plain = invert(pack, model, latents, prompt(), "ddim", steps=2)[0]["samples"]
+    assert torch.equal(invert(pack, changed, latents, prompt(), "ddim", steps=2)[0]["samples"], plain)
+
+
+def test_half_precision_comes_near_to_full(pack):
+    latents = clip_latents(3)
+    full, half = (invert(pack, tiny_model(dtype=d), latents, prompt(), steps=4) for d in (torch.float32, torch.float16))
+    assert 0 < difference(half[0]["samples"], full[0]["samples"]) < 0.02
+    assert {x.dtype for x in half[3].keys + half[3].values} == {torch.float16}
+    assert half[2].latents.dtype == torch.float32
+
+
+def test_the_preview_is_shown_every_step(pack, monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        latent_preview, "prepare_callback", lambda model, steps: lambda step, x0, x, total: shown.append((step, x0, total))
+    )
+    latents = clip_latents(2)
+    trajectory = invert(pack, tiny_model(), latents, prompt(), "ddim", steps=3)[2]
+    assert [(step, total) for step, _, total in shown] == [(0, 3), (1, 3), (2, 3)]
+    start = trajectory.latents[0] / (1 + trajectory.sigmas[0] ** 2) ** 0.5
+    assert difference(shown[0][1], start) < 0.1, "what a preview decodes is the clip, not its noise"
 
 
 def test_the_recorded_bases_are_those_of_the_first_prompt(pack):
@@ -232,7 +263,7 @@ def test_context_windows_have_bases_each(pack):
         closed_loop=False, fuse_method="pyramid", dim=0, freenoise=False,
     ).result[0]  # fmt: skip
     noise, _, _, blocker = invert(pack, windowed, latents, prompt(), steps=2)
-    assert noise["samples"].isfinite().all() and "without windows" in blocker.message
+    assert noise["samples"].isfinite().all() and "Take the context windows off" in blocker.message
 
 
 def test_a_hook_of_constant_strength_acts_and_a_scheduled_one_is_refused(pack):
@@ -367,6 +398,47 @@ def test_with_a_fixed_basis_frames_can_be_split_into_batches(pack, estimated, ba
     assert whole[3] is basis
 
 
+@pytest.mark.parametrize("layout", ["sd15", "sdxl"])
+def test_its_own_basis_gives_the_same_inversion(pack, layout):
+    model, latents = tiny_model(layout), clip_latents(3)
+    estimated = invert(pack, model, latents, prompt(), steps=4)
+    fixed = invert(pack, model, latents, prompt(), steps=4, basis=estimated[3])
+    assert difference(fixed[2].latents, estimated[2].latents) < 1e-5
+
+
+def test_a_sampler_reads_the_basis_of_its_level(pack):
+    model, latents = tiny_model(), clip_latents(3)
+    trajectory, basis = invert(pack, model, latents, prompt(), steps=4)[2:]
+    patch = pack.nodes.patch.STEMPatchModel.execute
+    inputs = {**EM, "start_percent": 0.0, "end_percent": 1.0, "blocks": "all"}
+    fixed, estimated = (patch(model=model, basis=b, **inputs).result[0] for b in (basis, None))
+    levels = trajectory.sigmas
+    for i in range(1, 5):  # what the model saw on the way up, at which the bases were estimated
+        x = pack.stem.ddim.inversion_input(trajectory.latents[i - 1], levels[i - 1], levels[i]) / 0.18215
+        step = torch.stack([levels[i], torch.zeros(())])
+        a, b = (sample(patched, {"samples": x}, step, prompt()) for patched in (fixed, estimated))
+        assert difference(a, b) < 1e-5, i
+
+
+def test_prompts_and_masks_of_chosen_frames_are_what_core_shows_them(pack):
+    select = pack.nodes.bridge.conditioning.select_frames
+    for rows, shown in ((3, [0, 0, 2]), (8, [0, 3, 5]), (1, [0])):  # core goes around, and leaves out what is too many
+        given = prompt(frames=rows, mask=torch.rand(rows, 8, 16), other=torch.rand(rows, 2))
+        [[text, options]] = select(given, [0, 3, 5], 6)
+        assert torch.equal(text, given[0][0][shown])
+        for name in ("pooled_output", "mask"):
+            assert torch.equal(options[name], given[0][1][name][shown])
+        assert options["other"] is given[0][1]["other"], "not one for every frame: who knows what it is"
+    whole = prompt(frames=6)
+    assert select(whole, [*range(6)], 6) is whole
+
+
+def test_prompts_that_share_a_controlnet_still_do(pack):
+    control = tiny_controlnet().set_cond_hint(torch.rand(6, 3, 64, 128))
+    both = pack.nodes.bridge.conditioning.select_frames(prompt(1, control=control) + prompt(2, control=control), [0, 3], 6)
+    assert both[0][1]["control"] is both[1][1]["control"] is not control
+
+
 def test_keyframes_keep_their_own_prompts_and_hints(pack):
     frames, ids = 6, [0, 3, 5]
     control = tiny_controlnet().set_cond_hint(torch.rand(frames, 3, 64, 128))
@@ -411,10 +483,31 @@ def test_models_without_image_self_attention_blocks_are_refused_by_name(pack, la
 
 
 @pytest.mark.parametrize("method", ["stem", "ddim"])
-@pytest.mark.parametrize("options", [{"start_percent": 0.5, "end_percent": 1.0}, {"mask": LEFT}])
-def test_a_prompt_that_leaves_something_out_is_refused(pack, method, options):
+def test_a_prompt_that_leaves_a_part_out_is_refused(pack, method):
     with pytest.raises(ValueError, match=r"STEMInvertLatents: positive leaves a part of the picture without any prompt"):
-        invert(pack, tiny_model(), clip_latents(2), prompt(**options), method)
+        invert(pack, tiny_model(), clip_latents(2), prompt(mask=LEFT), method)
+
+
+@pytest.mark.parametrize(
+    ("options", "sigma"),
+    [
+        ({"start_percent": 0.5}, "1.624"),  # the first of ten levels above percent 0.5, which is timestep 499.5
+        ({"end_percent": 0.8}, "0.04131"),  # timestep 1
+        ({"clip_start_percent": 0.5, "clip_end_percent": 1.0}, "1.624"),
+    ],
+)
+def test_timesteps_without_a_prompt_are_refused_before_the_climb(pack, monkeypatch, options, sigma):
+    monkeypatch.setattr(comfy.samplers.CFGGuider, "sample", None)
+    with pytest.raises(ValueError, match=f"STEMInvertLatents: positive leaves the picture without any prompt at sigma {sigma}"):
+        invert(pack, tiny_model(), clip_latents(2), prompt(**options))
+
+
+def test_prompts_that_take_turns_cover_all_timesteps(pack):
+    turns = prompt(1, start_percent=0.0, end_percent=0.5) + prompt(5, start_percent=0.5, end_percent=1.0)
+    model, latents = tiny_model(), clip_latents(2)
+    path = invert(pack, model, latents, turns, "ddim")[2].latents
+    alone = invert(pack, model, latents, prompt(5), "ddim")[2].latents
+    assert torch.equal(path[:6], alone[:6]) and not torch.allclose(path[6], alone[6])
 
 
 def test_a_basis_of_another_model_is_refused(pack, estimated):

@@ -132,9 +132,10 @@ def test_a_second_patch_replaces_the_first_on_its_own_blocks_only(pack, model):
     assert not torch.equal(sample(both), sample(inner)) and not torch.equal(sample(both), sample(outer))
 
 
-def test_a_range_that_ends_before_it_starts_is_refused(pack, model):
-    with pytest.raises(ValueError, match=r"STEMPatchModel: start_percent is 0\.6, after end_percent 0\.4"):
-        patch(pack, model, start_percent=0.6, end_percent=0.4)
+@pytest.mark.parametrize("end", [0.4, 0.6])
+def test_a_range_that_holds_nothing_is_refused(pack, model, end):
+    with pytest.raises(ValueError, match=rf"STEMPatchModel: start_percent 0\.6 is not below end_percent {end}"):
+        patch(pack, model, start_percent=0.6, end_percent=end)
 
 
 def test_a_model_with_our_patch_can_be_inverted_by_another_method(pack, model):
@@ -241,6 +242,26 @@ def test_hooks_on_one_prompt_split_the_call_and_run(pack, model):
     out = sample(patched, prompt(1, hooks=group), cfg=5.0)
     assert calls == [[0], [1]] * 2
     assert torch.allclose(out, sample(patch(pack, model), cfg=5.0), atol=1e-4)
+
+
+def test_a_second_patch_leaves_the_other_transformers_of_a_block_to_the_first(pack):
+    model = tiny_model("sdxl")
+    names = [block.name for block in pack.nodes.bridge.layout.read_layout(model).model.blocks]
+    ours = "input_8_1"  # the second of two in its block
+    first, second = {"num_bases": 2}, {"num_bases": 16, "blocks": ours}
+    both = patch(pack, patch(pack, model, **first), **second)
+    others = ", ".join(f"{name}_0" if f"{name}_1" in names else name for name in names if name != ours)
+    apart = patch(pack, patch(pack, model, **second), **{**first, "blocks": others})
+    assert torch.equal(sample(both), sample(apart))
+    assert not torch.allclose(sample(both), sample(patch(pack, model, **second)))
+    again = patch(pack, both, num_bases=4)
+    assert all(p.earlier is None for p in again.model_options["transformer_options"]["patches_replace"]["attn1"].values())
+
+
+def test_a_call_that_does_not_say_where_it_is_is_refused(pack):
+    for missing in ("block", "sigmas", "n_heads"):
+        with pytest.raises(ValueError, match="without its block, noise level or number of heads"):
+            call(pack, *rows(4), **{missing: None})
 
 
 @pytest.mark.parametrize("layout", ["sd2", "sdxl"])

@@ -1,8 +1,10 @@
+import signal
 from pathlib import Path
 
 import pytest
 
-from tools import comfy
+from tools import bootstrap
+from tools.server import Server
 
 TEST_MODELS = Path(__file__).parent / "test_models"
 
@@ -10,5 +12,6 @@ TEST_MODELS = Path(__file__).parent / "test_models"
 @pytest.fixture(scope="session")
 def server():
     """A running ComfyUI with the pack, and the nodes that only tests need."""
-    with comfy.Server(extra_packs=[TEST_MODELS]) as running:
+    signal.signal(signal.SIGTERM, bootstrap.interrupted)  # so that the server is ended too
+    with Server(extra_packs=[TEST_MODELS]) as running:
         yield running

@@ -6,8 +6,8 @@ import av
 import pytest
 import torch
 
-from tools import comfy
 from tools.demo import load_graph, previews, provide_real_clip
+from tools.server import Graph, GraphError, GraphInterrupted
 
 STEPS, FRAMES, SIZE = 3, 4, 64
 SHORT = {  # inputs of a class of nodes that keep a test quick
@@ -19,7 +19,7 @@ SHORT = {  # inputs of a class of nodes that keep a test quick
 attempts = count()
 
 
-def short(name: str) -> comfy.Graph:
+def short(name: str) -> Graph:
     """A graph of the demo with few steps and frames."""
     graph = load_graph(name, STEPS)
     for node in graph.values():
@@ -27,13 +27,13 @@ def short(name: str) -> comfy.Graph:
     return graph
 
 
-def fresh(graph: comfy.Graph) -> comfy.Graph:
+def fresh(graph: Graph) -> Graph:
     """The graph with an input that no node reads: the server's cache, which compares inputs, misses it."""
     graph["clip"]["inputs"]["attempt"] = next(attempts)
     return graph
 
 
-def node(class_type: str, **inputs) -> comfy.Graph:
+def node(class_type: str, **inputs) -> Graph:
     return {"wrong": {"class_type": class_type, "inputs": inputs}}
 
 
@@ -145,7 +145,7 @@ def test_wrong_input_is_named_and_the_queue_goes_on(server, name, wrong, changes
     ((at_fault, inputs),) = changes.items()
     graph[at_fault]["inputs"] |= inputs
     class_type = graph[at_fault]["class_type"]
-    with pytest.raises(comfy.GraphError, match=f"{class_type}: .*{message}") as error:
+    with pytest.raises(GraphError, match=f"{class_type}: .*{message}") as error:
         server.run(graph)
     assert (error.value.node_id, error.value.class_type) == (at_fault, class_type)
     assert previews(server, server.run(fresh(short("reconstruct"))))["reconstruction"].std() > 0.01
@@ -154,7 +154,7 @@ def test_wrong_input_is_named_and_the_queue_goes_on(server, name, wrong, changes
 def test_zero_steps_are_refused(server):
     graph = short("reconstruct")
     graph["invert"]["inputs"]["steps"] = 0
-    with pytest.raises(comfy.GraphError, match="smaller than min of 1: steps") as error:
+    with pytest.raises(GraphError, match="smaller than min of 1: steps") as error:
         server.run(graph)
     assert error.value.node_id == "invert"
 
@@ -163,7 +163,7 @@ def test_basis_of_a_method_without_one_is_told_to_the_node_that_asks_for_it(serv
     graph = short("reconstruct")
     graph["invert"]["inputs"]["method"] = "ddim"
     message = r"STEMInvertLatents: method ddim has no basis\. Choose stem, or unplug"
-    with pytest.raises(comfy.GraphError, match=message) as error:
+    with pytest.raises(GraphError, match=message) as error:
         server.run(graph)
     assert (error.value.node_id, error.value.class_type) == ("patch", "STEMPatchModel")
 
@@ -185,7 +185,7 @@ def test_cancelled_inversion_leaves_the_queue_as_it_was(server):
 
     long = fresh(short("reconstruct"))
     long["invert"]["inputs"]["steps"] = 200
-    with pytest.raises(comfy.GraphInterrupted) as error:
+    with pytest.raises(GraphInterrupted) as error:
         server.run(long, cancel)
     assert error.value.class_type == "STEMInvertLatents"
     seen = []

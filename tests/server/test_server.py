@@ -3,6 +3,7 @@ import asyncio
 import pytest
 
 from tools import comfy
+from tools.server import GraphError, GraphInterrupted, Server, ServerError
 
 IMAGE = {"class_type": "EmptyImage", "inputs": {"width": 16, "height": 16, "batch_size": 1, "color": 0}}
 PREVIEW = {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}
@@ -30,19 +31,19 @@ def test_graph_runs_and_tells_its_progress(server):
 
 def test_refused_graph_names_the_node_and_the_input(server):
     wrong = {"class_type": "EmptyImage", "inputs": IMAGE["inputs"] | {"width": -1}}
-    with pytest.raises(comfy.GraphError, match="width") as error:
+    with pytest.raises(GraphError, match="width") as error:
         server.run({"1": wrong, "2": PREVIEW})
     assert (error.value.node_id, error.value.class_type) == ("1", "EmptyImage")
 
 
 def test_unknown_node_is_refused(server):
-    with pytest.raises(comfy.GraphError, match="NoSuchNode"):
+    with pytest.raises(GraphError, match="NoSuchNode"):
         server.run({"1": {"class_type": "NoSuchNode", "inputs": {}}, "2": PREVIEW})
 
 
 def test_graph_valid_in_part_is_refused(server):
     other = {"class_type": "PreviewImage", "inputs": {}}
-    with pytest.raises(comfy.GraphError, match="images"):
+    with pytest.raises(GraphError, match="images"):
         server.run({"1": IMAGE, "2": PREVIEW, "3": other})
 
 
@@ -51,27 +52,27 @@ def test_failing_graph_names_the_node_and_the_queue_goes_on(server, on_progress)
     inputs = {"image": ["1", 0], "upscale_method": "area", "scale_by": 0.01}
     nothing = {"class_type": "ImageScaleBy", "inputs": inputs}  # 0x0 pixels, which cannot be saved
     preview = {"class_type": "PreviewImage", "inputs": {"images": ["7", 0]}}
-    with pytest.raises(comfy.GraphError) as error:
+    with pytest.raises(GraphError) as error:
         server.run({"1": IMAGE, "7": nothing, "8": preview}, on_progress)
     assert (error.value.node_id, error.value.class_type) == ("8", "PreviewImage")
     assert server.run({"1": IMAGE, "2": PREVIEW})["status"]["completed"]
 
 
 def test_two_servers_of_one_checkout_run_side_by_side(server):
-    with comfy.Server() as other:
+    with Server() as other:
         assert other.port != server.port
         assert other.run({"1": IMAGE, "2": PREVIEW})["status"]["completed"]
     assert server.run({"1": IMAGE, "2": PREVIEW})["status"]["completed"]
 
 
 def test_server_that_cannot_start_shows_the_end_of_its_log():
-    with pytest.raises(comfy.ServerError, match="no-such-option"), comfy.Server(["--no-such-option"]):
+    with pytest.raises(ServerError, match="no-such-option"), Server(["--no-such-option"]):
         pass
 
 
 def test_taken_port_is_told(server):
-    with pytest.raises(comfy.ServerError, match=f"Port {server.port}"):
-        comfy.Server(port=server.port)
+    with pytest.raises(ServerError, match=f"Port {server.port}"):
+        Server(port=server.port)
 
 
 def test_interrupted_graph_is_told_apart(server):
@@ -83,5 +84,5 @@ def test_interrupted_graph_is_told_apart(server):
         "inputs": IMAGE["inputs"] | {"width": 512, "height": 512, "batch_size": 16},
     }
     blur = {"class_type": "ImageBlur", "inputs": {"image": ["1", 0], "blur_radius": 15, "sigma": 5.0}}
-    with pytest.raises(comfy.GraphInterrupted):
+    with pytest.raises(GraphInterrupted):
         server.run({"1": many, "3": blur, "2": PREVIEW | {"inputs": {"images": ["3", 0]}}}, cancel)

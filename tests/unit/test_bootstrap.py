@@ -32,6 +32,7 @@ def comfyui(tmp_path, monkeypatch):
     folder = tmp_path / "ComfyUI"
     (folder / "comfy").mkdir(parents=True)
     (folder / "main.py").touch()
+    (folder / "comfyui_version.py").write_text('__version__ = "0.30.1"\n', encoding="utf-8")
     monkeypatch.setenv("COMFYUI_PATH", str(folder))
     return folder
 
@@ -300,6 +301,14 @@ def test_this_python_is_used_when_comfyui_has_none(comfyui):
 def test_wrong_comfyui_path_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
     with pytest.raises(SetupError, match=r"no ComfyUI(.|\n)*unset it"):
+        bootstrap.locations()
+
+
+@pytest.mark.parametrize(("told", "version"), [('__version__ = "0.9.2"\n', "0.9"), ("", "unknown"), (None, "unknown")])
+def test_old_comfyui_is_refused(comfyui, told, version):
+    file = comfyui / "comfyui_version.py"
+    file.unlink() if told is None else file.write_text(told, encoding="utf-8")
+    with pytest.raises(SetupError, match=rf"version {version}; the pack needs 0\.30 or later\.\nUpdate it"):
         bootstrap.locations()
 
 

@@ -10,9 +10,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from stem.metrics import psnr
 from stem.scenes import edit_scene
-from tools.comfy import Progress
 from tools.demo import BAR, CLEAR, GRAPHS, Result, compare, load_graph, progress_bar, scene_of, summary, table
 from tools.pictures import BAND, GAP, SCALE, contact_sheet, save_video, side_by_side
+from tools.server import Progress
 
 COLOURS = {"first": (1.0, 0.0, 0.0), "second": (0.0, 1.0, 0.0), "third": (0.0, 0.0, 1.0)}
 

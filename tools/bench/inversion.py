@@ -1,7 +1,7 @@
 """How well each way of inverting gives a clip back, and what it costs.
 
 A clip is inverted by STEMInvertLatents and sampled back by core's DDIM over the SIGMAS that come out, at cfg 1, with the
-same self-attention on the way back as on the way there. For `stem` there are two ways back more, so that one sees what
+same self-attention on the way back as on the way there. For `stem` there are two more ways back, so that one sees what
 matters: with the bases that the inversion recorded (`stem_fixed`), and with plain self-attention (`stem_plain`).
 """
 
