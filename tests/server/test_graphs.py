@@ -6,6 +6,7 @@ import av
 import pytest
 import torch
 
+from stem.metrics import psnr
 from tools.demo import load_graph, previews, provide_real_clip
 from tools.server import Graph, GraphError, GraphInterrupted
 
@@ -38,15 +39,15 @@ def node(class_type: str, **inputs) -> Graph:
 
 
 @pytest.mark.parametrize(
-    ("name", "clips", "width"),
-    [
-        ("reconstruct", {"source", "autoencoder", "reconstruction"}, SIZE),
-        ("edit", {"edit"}, SIZE),
-        ("long_clip", {"source", "autoencoder", "reconstruction"}, SIZE),
-        ("real_clip", {"source", "autoencoder", "reconstruction"}, 2 * SIZE),
+    ("name", "clips", "width", "near"),
+    [  # near: dB of the reconstruction; noise added, or the source in place of its noise, cost 4 dB and more each
+        ("reconstruct", {"source", "autoencoder", "reconstruction"}, SIZE, 30),
+        ("edit", {"edit"}, SIZE, None),
+        ("long_clip", {"source", "autoencoder", "reconstruction"}, SIZE, 30),
+        ("real_clip", {"source", "autoencoder", "reconstruction"}, 2 * SIZE, 22.5),
     ],
 )
-def test_frames_come_out(server, name, clips, width):
+def test_frames_come_out(server, name, clips, width, near):
     provide_real_clip(server)
     seen = []
     entry = server.run(fresh(short(name)), seen.append)
@@ -55,6 +56,8 @@ def test_frames_come_out(server, name, clips, width):
     for clip in previewed.values():
         assert clip.shape == (FRAMES, SIZE, width, 3)
         assert clip.std(dim=(1, 2, 3)).min() > 0.01  # what is not finite becomes a black frame
+    if near is not None:
+        assert psnr(previewed["reconstruction"], previewed["autoencoder"]) > near
     (file,) = entry["outputs"]["save"]["images"]
     saved = server.output_directory / file["subfolder"] / file["filename"]
     with av.open(str(saved)) as video:
