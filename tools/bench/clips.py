@@ -14,6 +14,7 @@ from tools import bootstrap, comfy
 from tools.training_data import REAL_CLIPS, real_frames
 
 FRAMES, SIZE = 16, 128
+ATTENTION = "--use-pytorch-cross-attention"  # PyTorch's own, which ComfyUI takes on most GPUs but not by itself on a CPU
 GENERATED = tuple(f"scene {seed}" for seed in range(12))
 
 
@@ -59,7 +60,7 @@ def load_clip(name: str) -> Clip:
 
 
 def load_demo() -> Demo:
-    pack = comfy.start()
+    pack = comfy.start(("--cpu", ATTENTION))
     import comfy.utils as core_utils
 
     import nodes as core
@@ -71,4 +72,9 @@ def load_demo() -> Demo:
 
 def environment(demo: Demo) -> dict[str, Any]:
     """What results depend on beside the clips."""
-    return {"checkpoint": demo.checkpoint, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    return {
+        "checkpoint": demo.checkpoint,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "attention": ATTENTION,
+    }
