@@ -3,7 +3,7 @@
 # ARGS goes to the command of the target, e.g. make test ARGS="tests/unit -k em".
 
 PYTHON3 ?= python3
-BOOTSTRAP = $(PYTHON3) tools/bootstrap.py
+BOOTSTRAP = $(PYTHON3) -m tools.bootstrap
 PYTHON = "$$($(BOOTSTRAP) which-python)"
 ARGS ?=
 

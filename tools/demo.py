@@ -27,11 +27,11 @@ from torchvision.transforms.functional import pil_to_tensor
 from stem.metrics import estimate_flow, flicker, psnr, ssim
 from stem.reader import read_clip, true_reading
 from stem.scenes import Scene, random_scene, render
-from tools import bootstrap
+from tools import places, processes
 from tools.pictures import contact_sheet, save_video, side_by_side
 from tools.server import Graph, GraphError, Progress, Server, ServerError
 
-GRAPHS = bootstrap.ROOT / "tests" / "graphs"
+GRAPHS = places.ROOT / "tests" / "graphs"
 REAL_CLIP = "bikes.mp4"
 IN_VIDEO = ("source", "reconstruction", "edit")
 FPS = 8  # slow enough to see every frame
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=50, help="steps of inversion and sampling")
     options = parser.parse_args(arguments)
     out = sys.stderr
-    signal.signal(signal.SIGTERM, bootstrap.interrupted)  # so that the server is ended too
+    signal.signal(signal.SIGTERM, processes.interrupted)  # so that the server is ended too
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         print("Starting ComfyUI ...", file=out, flush=True)
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "bikes": real_clip(server, options.steps, out),
             }
         save(results, options.output)
-    except (bootstrap.SetupError, ServerError, GraphError, OSError) as error:
+    except (places.SetupError, ServerError, GraphError, OSError) as error:
         print(f"\nThe demo stopped. {error}", file=out)
         return 1
     except KeyboardInterrupt:

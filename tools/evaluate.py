@@ -21,7 +21,7 @@ from torchvision.utils import save_image
 from stem.metrics import psnr
 from stem.reader import Reading, read_images, true_reading
 from stem.scenes import Scene, caption, random_scene, render
-from tools import bootstrap, comfy
+from tools import comfy, places
 from tools.training_data import REAL_CLIPS, real_frames
 
 FIRST_SEED = 700_000  # of the scenes; those that were trained on begin at training_data.TRAINING_SEEDS
@@ -111,7 +111,7 @@ def main() -> None:
     report = {
         "right": shares(single),
         "right_of_two_figures": shares(double),
-        "vae_psnr": vae_fidelity(pack, bootstrap.locations().clips),
+        "vae_psnr": vae_fidelity(pack, places.locations().clips),
         "settings": {
             "prompts": len(single),
             "prompts_of_two_figures": len(double),

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tools import bootstrap
+from tools import places, processes
 from tools.comfy import installed
 
 Graph = dict[str, dict[str, Any]]  # API format: node id -> {"class_type": .., "inputs": ..}
@@ -47,13 +47,13 @@ class Progress(NamedTuple):
     maximum: float
 
 
-def command_line(where: bootstrap.Locations, extra_packs: Sequence[Path] = ()) -> list[str]:
+def command_line(where: places.Locations, extra_packs: Sequence[Path] = ()) -> list[str]:
     """ComfyUI's main.py with this pack and no other but those named."""
     return [
         str(where.python),
         str(where.comfyui / "main.py"),
         *("--base-directory", str(where.base_directory)),
-        *("--disable-all-custom-nodes", "--whitelist-custom-nodes", bootstrap.PACK),
+        *("--disable-all-custom-nodes", "--whitelist-custom-nodes", places.PACK),
         *(pack.name for pack in extra_packs),
         "--disable-auto-launch",
         "--disable-api-nodes",
@@ -120,7 +120,7 @@ class Server:
 
     def close(self) -> None:
         """End the server and all that it started."""
-        bootstrap.end_process(self._process)
+        processes.end_process(self._process)
         self._own.cleanup()
 
     def get(self, path: str) -> Any:

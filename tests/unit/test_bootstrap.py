@@ -8,8 +8,9 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from tools import bootstrap
-from tools.bootstrap import SetupError, Stage
+from tools import bootstrap, places, processes
+from tools.bootstrap import Stage
+from tools.places import Archive, SetupError
 
 
 @pytest.fixture(autouse=True)
@@ -22,9 +23,9 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def where():
-    places = bootstrap.locations()
-    places.environment.mkdir(parents=True)
-    return places
+    found = places.locations()
+    found.environment.mkdir(parents=True)
+    return found
 
 
 @pytest.fixture
@@ -49,45 +50,45 @@ def fake_python(path: Path, script: str) -> Path:
 
 @pytest.mark.parametrize("name", ["FORMAT", "TORCHAUDIO"])
 def test_key_changes_with_a_pin(monkeypatch, name):
-    before = bootstrap.key(bootstrap.recipe())
-    monkeypatch.setattr(bootstrap, name, "another")
-    assert bootstrap.key(bootstrap.recipe()) != before
+    before = places.key(places.recipe())
+    monkeypatch.setattr(places, name, "another")
+    assert places.key(places.recipe()) != before
 
 
 def test_key_changes_with_torch(monkeypatch):
-    before = bootstrap.key(bootstrap.recipe())
-    monkeypatch.setattr(bootstrap, "TORCH", ("torch==0.1", *bootstrap.TORCH[1:]))
-    assert bootstrap.key(bootstrap.recipe()) != before
+    before = places.key(places.recipe())
+    monkeypatch.setattr(places, "TORCH", ("torch==0.1", *places.TORCH[1:]))
+    assert places.key(places.recipe()) != before
 
 
 @pytest.mark.parametrize("name", ["COMFYUI", "CLIPS"])
 @pytest.mark.parametrize("field", ["requirement", "file", "sha256"])
 def test_key_changes_with_an_archive(monkeypatch, name, field):
-    before = bootstrap.key(bootstrap.recipe())
-    monkeypatch.setattr(bootstrap, name, getattr(bootstrap, name)._replace(**{field: "another"}))
-    assert bootstrap.key(bootstrap.recipe()) != before
+    before = places.key(places.recipe())
+    monkeypatch.setattr(places, name, getattr(places, name)._replace(**{field: "another"}))
+    assert places.key(places.recipe()) != before
 
 
 def test_key_changes_with_the_tools(monkeypatch, tmp_path):
-    before = bootstrap.key(bootstrap.recipe())
+    before = places.key(places.recipe())
     changed = tmp_path / "requirements.txt"
-    changed.write_text(bootstrap.REQUIREMENTS.read_text(encoding="utf-8") + "einops==0.8.2\n", encoding="utf-8")
-    monkeypatch.setattr(bootstrap, "REQUIREMENTS", changed)
-    assert bootstrap.key(bootstrap.recipe()) != before
+    changed.write_text(places.REQUIREMENTS.read_text(encoding="utf-8") + "einops==0.8.2\n", encoding="utf-8")
+    monkeypatch.setattr(places, "REQUIREMENTS", changed)
+    assert places.key(places.recipe()) != before
 
 
 def test_key_changes_with_python_and_platform(monkeypatch):
-    before = bootstrap.key(bootstrap.recipe())
-    monkeypatch.setattr(bootstrap.sysconfig, "get_platform", lambda: "another")
-    on_another_platform = bootstrap.key(bootstrap.recipe())
-    monkeypatch.setattr(bootstrap.sys, "version_info", (3, 99, 0))
-    assert len({before, on_another_platform, bootstrap.key(bootstrap.recipe())}) == 3
+    before = places.key(places.recipe())
+    monkeypatch.setattr(places.sysconfig, "get_platform", lambda: "another")
+    on_another_platform = places.key(places.recipe())
+    monkeypatch.setattr(places.sys, "version_info", (3, 99, 0))
+    assert len({before, on_another_platform, places.key(places.recipe())}) == 3
 
 
 def test_key_is_the_same_for_another_checkout(monkeypatch, tmp_path):
-    here = bootstrap.locations()
-    monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
-    there = bootstrap.locations()
+    here = places.locations()
+    monkeypatch.setattr(places, "ROOT", tmp_path)
+    there = places.locations()
     assert here.environment == there.environment
     assert here.base_directory != there.base_directory
 
@@ -143,12 +144,12 @@ def test_space_of_finished_stages_is_not_asked_for(where):
 
 def test_second_setup_waits_for_the_first(where):
     code = (
-        "import pathlib, sys; from tools import bootstrap\n"
-        f"with bootstrap.locked(pathlib.Path({str(where.environment / 'lock')!r}), sys.stdout):\n"
+        "import pathlib, sys; from tools import processes\n"
+        f"with processes.locked(pathlib.Path({str(where.environment / 'lock')!r}), sys.stdout):\n"
         "    print('in')"
     )
-    with bootstrap.locked(where.environment / "lock", io.StringIO()):
-        other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=bootstrap.ROOT)
+    with processes.locked(where.environment / "lock", io.StringIO()):
+        other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=places.ROOT)
         assert "waiting" in other.stdout.readline()
         assert other.poll() is None
     assert other.communicate(timeout=30)[0].strip() == "in"
@@ -165,15 +166,15 @@ def test_second_setup_waits_for_the_first(where):
 )
 def test_failing_command_shows_the_end_of_its_output_and_what_to_do(where, output, advice):
     with pytest.raises(SetupError) as error:
-        bootstrap.run([sys.executable, "-c", f"print({output!r}); raise SystemExit(3)"], where)
+        processes.run([sys.executable, "-c", f"print({output!r}); raise SystemExit(3)"], where)
     assert output in str(error.value) and "code 3" in str(error.value)
     assert advice in str(error.value) and "setup.log" in str(error.value)
 
 
 def test_advice_is_for_the_last_command_only(where):
-    bootstrap.run([sys.executable, "-c", "print('No space left')"], where)
+    processes.run([sys.executable, "-c", "print('No space left')"], where)
     with pytest.raises(SetupError) as error:
-        bootstrap.run([sys.executable, "-c", "raise SystemExit(1)"], where)
+        processes.run([sys.executable, "-c", "raise SystemExit(1)"], where)
     assert "disk" not in str(error.value)
 
 
@@ -189,9 +190,9 @@ def test_interrupt_ends_a_command_and_all_that_it_started(where, monkeypatch):
         raise KeyboardInterrupt
 
     wait = subprocess.Popen.wait
-    monkeypatch.setattr(bootstrap.subprocess.Popen, "wait", interrupt_once_begun)
+    monkeypatch.setattr(processes.subprocess.Popen, "wait", interrupt_once_begun)
     with pytest.raises(KeyboardInterrupt):
-        bootstrap.run(["sh", "-c", grandchild], where)
+        processes.run(["sh", "-c", grandchild], where)
     time.sleep(1.2)
     assert not survived.exists()
 
@@ -200,7 +201,7 @@ def test_interrupt_ends_a_command_and_all_that_it_started(where, monkeypatch):
 
 
 def test_file_with_another_hash_is_refused_and_removed(where, monkeypatch):
-    archive = bootstrap.Archive("thing==1", "thing-1.tar.gz", hashlib.sha256(b"good").hexdigest(), ())
+    archive = Archive("thing==1", "thing-1.tar.gz", hashlib.sha256(b"good").hexdigest(), ())
 
     def fake_pip(arguments, _):
         Path(arguments[arguments.index("--dest") + 1], archive.file).write_bytes(served)
@@ -277,31 +278,31 @@ def test_supported_python_passes(version):
 
 
 def test_existing_comfyui_and_its_venv_are_used(comfyui):
-    python = fake_python(bootstrap.venv_python(comfyui / ".venv"), "")
-    where = bootstrap.locations()
+    python = fake_python(places.venv_python(comfyui / ".venv"), "")
+    where = places.locations()
     assert (where.comfyui, where.python) == (comfyui, python)
 
 
 def test_named_python_goes_before_the_venv(comfyui, tmp_path, monkeypatch):
-    fake_python(bootstrap.venv_python(comfyui / "venv"), "")
+    fake_python(places.venv_python(comfyui / "venv"), "")
     named = fake_python(tmp_path / "named", "")
     monkeypatch.setenv("COMFYUI_PYTHON", str(named))
-    assert bootstrap.locations().python == named
+    assert places.locations().python == named
 
 
 def test_portable_build_is_found(comfyui):
     python = fake_python(comfyui.parent / "python_embeded" / "python.exe", "")
-    assert bootstrap.locations().python == python
+    assert places.locations().python == python
 
 
 def test_this_python_is_used_when_comfyui_has_none(comfyui):
-    assert bootstrap.locations().python == Path(sys.executable)
+    assert places.locations().python == Path(sys.executable)
 
 
 def test_wrong_comfyui_path_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
     with pytest.raises(SetupError, match=r"no ComfyUI(.|\n)*unset it"):
-        bootstrap.locations()
+        places.locations()
 
 
 @pytest.mark.parametrize(("told", "version"), [('__version__ = "0.9.2"\n', "0.9"), ("", "unknown"), (None, "unknown")])
@@ -309,24 +310,24 @@ def test_old_comfyui_is_refused(comfyui, told, version):
     file = comfyui / "comfyui_version.py"
     file.unlink() if told is None else file.write_text(told, encoding="utf-8")
     with pytest.raises(SetupError, match=rf"version {version}; the pack needs 0\.30 or later\.\nUpdate it"):
-        bootstrap.locations()
+        places.locations()
 
 
 def test_wrong_comfyui_python_is_refused(comfyui, monkeypatch):
     monkeypatch.setenv("COMFYUI_PYTHON", str(comfyui / "none"))
     with pytest.raises(SetupError, match="COMFYUI_PYTHON"):
-        bootstrap.locations()
+        places.locations()
 
 
 def test_python_without_torch_is_refused(comfyui):
-    fake_python(bootstrap.venv_python(comfyui / "venv"), "echo \"No module named 'torch'\" >&2; exit 1")
+    fake_python(places.venv_python(comfyui / "venv"), "echo \"No module named 'torch'\" >&2; exit 1")
     with pytest.raises(SetupError, match=r"cannot import torch(.|\n)*COMFYUI_PYTHON"):
-        bootstrap.check_existing(bootstrap.locations(), tests=False)
+        bootstrap.check_existing(places.locations(), tests=False)
 
 
 def test_missing_tools_are_named_and_only_for_tests(comfyui):
-    fake_python(bootstrap.venv_python(comfyui / "venv"), "echo ruff")
-    where = bootstrap.locations()
+    fake_python(places.venv_python(comfyui / "venv"), "echo ruff")
+    where = places.locations()
     bootstrap.check_existing(where, tests=False)
     with pytest.raises(SetupError, match=r"-m pip install ruff==[\d.]+$"):
         bootstrap.check_existing(where, tests=True)
@@ -337,8 +338,8 @@ def test_missing_tools_are_named_and_only_for_tests(comfyui):
 
 def test_which_python_prints_one_line_before_setup(capsys):
     assert bootstrap.main(["which-python"]) == 0
-    assert capsys.readouterr() == (f"{bootstrap.locations().python}\n", "")
-    assert not bootstrap.cache_folder().exists()
+    assert capsys.readouterr() == (f"{places.locations().python}\n", "")
+    assert not places.cache_folder().exists()
 
 
 def test_env_names_the_places(capsys):
@@ -366,14 +367,14 @@ def test_interrupt_tells_that_setup_resumes(capsys, monkeypatch):
 
 def test_base_directory_links_the_checkout_and_can_be_made_again(tmp_path):
     for _ in range(2):
-        bootstrap.make_base_directory(tmp_path / "base")
+        places.make_base_directory(tmp_path / "base")
     link = tmp_path / "base" / "custom_nodes" / "stem-video-inversion"
-    assert link.samefile(bootstrap.ROOT)
+    assert link.samefile(places.ROOT)
 
 
 def test_stale_link_is_renewed(tmp_path):
     link = tmp_path / "custom_nodes" / "stem-video-inversion"
     link.parent.mkdir()
     link.symlink_to(tmp_path / "gone")
-    bootstrap.make_base_directory(tmp_path)
-    assert link.samefile(bootstrap.ROOT)
+    places.make_base_directory(tmp_path)
+    assert link.samefile(places.ROOT)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from tools import bootstrap
+from tools import places
 from tools.bench import bases, inversion, report
 
 BENCHMARKS = {"inversion": inversion.run, "bases": bases.run}
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="results (default: output/bench/<what>[-quick].json)")
     args = parser.parse_args()
     name = args.what + ("-quick" if args.quick else "")
-    path = args.json or bootstrap.ROOT / "output" / "bench" / f"{name}.json"
+    path = args.json or places.ROOT / "output" / "bench" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         BENCHMARKS[args.what](path, args.quick)

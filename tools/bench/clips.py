@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stem.metrics import estimate_flow
 from stem.scenes import caption, random_scene, render
-from tools import bootstrap, comfy
+from tools import comfy, places
 from tools.training_data import REAL_CLIPS, real_frames
 
 FRAMES, SIZE = 16, 128
@@ -53,7 +53,7 @@ def load_clip(name: str) -> Clip:
         scene = random_scene(GENERATED.index(name), FRAMES, SIZE, SIZE)
         clip = render(scene)
         return Clip(clip.images, caption(scene), clip.flow, clip.visible)
-    frames = real_frames(bootstrap.locations().clips, name, SIZE)[:FRAMES]
+    frames = real_frames(places.locations().clips, name, SIZE)[:FRAMES]
     left = (frames.shape[-1] - SIZE) // 2
     images = rearrange(frames[..., left : left + SIZE], "f c y x -> f y x c") / 255
     return Clip(images, REAL_CLIPS[name][0], *estimate_flow(images))
