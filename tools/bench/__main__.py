@@ -19,7 +19,7 @@ def main() -> None:
         "go on from it.",
     )
     parser.add_argument("what", choices=BENCHMARKS, help="ways of inverting compared, or the bases looked at")
-    parser.add_argument("--quick", action="store_true", help="few clips and 10 steps")
+    parser.add_argument("--quick", action="store_true", help="few clips, few steps")
     parser.add_argument("--json", type=Path, help="results (default: output/bench/<what>[-quick].json)")
     args = parser.parse_args()
     name = args.what + ("-quick" if args.quick else "")
