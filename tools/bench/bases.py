@@ -42,8 +42,10 @@ VARIATIONS = {  # of the nodes' defaults
     "temperature 1": {"temperature": 1.0},
     "20 iterations": {"em_iterations": 20},
 }
-RECONSTRUCTION = Inversion("stem", 0, ("stem", "stem_fixed"))
+WITH_BASES = Inversion("stem", 0, ("stem", "stem_fixed"))
+WITHOUT = Inversion("ddim", 0, ("ddim",))
 VARIATION_COLUMNS = {
+    "ddim": ("PSNR (dB), no bases", ".2f"),
     "stem": ("PSNR (dB), estimated anew", ".2f"),
     "stem_fixed": ("PSNR (dB), recorded bases", ".2f"),
 }
@@ -90,21 +92,22 @@ def run(path: Path, quick: bool) -> None:
             clips[name] = by_resolution(catch(demo, name, STEPS))
             report.save(path, results)
         varied = results.setdefault("variations", {}).setdefault(name, {})
-        for title, change in VARIATIONS.items():
+        inversions = {"plain DDIM": (WITHOUT, {})} | {title: (WITH_BASES, change) for title, change in VARIATIONS.items()}
+        for title, (inversion, change) in inversions.items():
             if title not in varied:
-                varied[title] = reconstruct(demo, name, STEPS, change)
+                varied[title] = reconstruct(demo, name, inversion, change)
                 report.save(path, results)
     rows = {f"{name}, {row}": found for name, group in clips.items() for row, found in group.items()}
     print(report.table(rows, COLUMNS, "clip, noise level, tokens a frame"))
     print("\n" + report.table(report.mean(results["variations"]), VARIATION_COLUMNS, "bases"))
 
 
-def reconstruct(demo: Demo, name: str, steps: int, change: dict[str, Any]) -> report.Measures:
+def reconstruct(demo: Demo, name: str, inversion: Inversion, change: dict[str, Any]) -> report.Measures:
     """PSNR of a clip that is inverted with other bases and sampled back."""
     source = load_clip(name)
     latents, positive = demo.encode(source.images), demo.text(source.prompt)
     kept = demo.decode(latents)
-    found = measure(demo, RECONSTRUCTION, source, kept, latents, positive, steps, {**BASES, **change})
+    found = measure(demo, inversion, source, kept, latents, positive, STEPS, {**BASES, **change})
     return {way: measures["psnr"] for way, measures in found.items()}
 
 
