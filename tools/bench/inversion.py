@@ -184,7 +184,7 @@ def compare(images: Tensor, kept: Tensor, source: Clip) -> report.Measures:
 
 
 def print_tables(results: dict[str, Any]) -> None:
-    """All clips, then generated and real ones apart."""
+    """All clips, generated and real ones apart, and every clip alone."""
     groups = {
         "all clips": [*results["clips"]],
         "generated clips": [name for name in results["clips"] if name in GENERATED],
@@ -193,3 +193,9 @@ def print_tables(results: dict[str, Any]) -> None:
     for title, names in groups.items():
         references, methods = (report.mean({name: results[kind][name] for name in names}) for kind in ("references", "clips"))
         print(f"\n{title} ({len(names)})\n\n{report.table(references | methods, COLUMNS, 'method')}")
+    alone = {
+        clip: {method: f"{found['psnr']:.2f} / {1000 * found['flicker']:.2f}" for method, found in methods.items()}
+        for clip, methods in results["clips"].items()
+    }
+    columns = {method: (method, "") for inversion in INVERSIONS for method in inversion.ways_back}
+    print(f"\nPSNR (dB) / flicker x 1000 of every clip\n\n{report.table(alone, columns, 'clip')}")
