@@ -85,7 +85,8 @@ def test_all_clips_and_methods_are_measured(bench, tmp_path, capsys):
     assert results["references"]["bikes.mp4"]["vae"]["psnr_source"] == pytest.approx(-20 * math.log10(0.05), abs=0.01)
     printed = capsys.readouterr().out
     assert all(title in printed for title in ("all clips (15)", "generated clips (12)", "real clips (3)"))
-    assert printed.count("| first_previous |") == 3
+    assert printed.count("\n| first_previous |") == 3
+    assert all(f"\n| {clip} |" in printed for clip in results["clips"])
 
 
 def test_interrupted_run_goes_on_where_it_was(bench, tmp_path):
