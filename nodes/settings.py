@@ -24,8 +24,8 @@ def steps_input() -> io.Int.Input:
         min=1,
         max=999,
         tooltip="Noise levels to climb. 50 is what the papers use; more give the clip back more exactly and take longer. "
-        "The more, the nearer the top comes to full noise (20 steps reach timestep 951 of 999, 50 reach 981, 200 reach 996); "
-        "numbers that do not divide 1000 stop shorter still (300 at 898, 501 at 501). "
+        "Divisors of 1000 come the nearer to full noise the more they are (20 steps reach timestep 951 of 999, 50 reach 981, "
+        "200 reach 996); other numbers can stop far short (300 at 898, 501 at 501). "
         "A basis is best estimated with the steps of the inversion that will read it.",
     )
 
@@ -83,7 +83,7 @@ def blocks_input() -> io.String.Input:
         default="all",
         advanced=True,
         tooltip='Self-attention blocks to act on: "all", or names separated by commas, such as "output" or "input_4, '
-        'output_4-8".',
+        'output_4-8"; on SDXL "input_7_0" is the first of several in a block.',
     )
 
 
@@ -95,5 +95,6 @@ def frames_per_em_input() -> io.Int.Input:
         max=4096,
         advanced=True,
         tooltip="Frames that share one set of bases: 0 = all frames of the clip (of the window, with context windows), as the "
-        "paper describes it; 8 = what its official code does; the basis output is then empty. A connected basis needs none.",
+        "paper describes it; 8 = what its official code does. Several groups have no basis in common to give on. Not read when "
+        "a basis is connected.",
     )

@@ -14,8 +14,9 @@ def select_frames(conditioning: list, ids: list[int], frames: int) -> list:
     """The same conditioning for some frames of a clip.
 
     Prompts, masks and ControlNet hints (along the chain) that change from frame to frame keep what core would show the chosen
-    frames: it goes around where there are fewer than frames. Of other tensors only those with one entry for every frame are
-    cut down. Everything else is passed on as it is, and nothing is changed in place.
+    frames: it goes around where there are fewer than frames (with masks where their number divides the frames). Of other
+    tensors only those with one entry for every frame are cut down. Everything else is passed on as it is, and nothing is
+    changed in place.
 
     Args:
         conditioning: Core's list of [tensor, options].
@@ -28,7 +29,9 @@ def select_frames(conditioning: list, ids: list[int], frames: int) -> list:
 
     def select(name: str, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return _select_rows(value, ids) if name in CYCLIC or (value.ndim > 1 and len(value) == frames) else value
+            one_for_all = name == "mask" and value.ndim == 2
+            cyclic = name in CYCLIC or (value.ndim > 1 and len(value) == frames)
+            return _select_rows(value, ids) if cyclic and not one_for_all else value
         if hasattr(value, "cond_hint_original"):
             return _select_control(value, ids, controls)
         return copy.copy(value) if isinstance(value, (list, dict)) else value

@@ -81,7 +81,7 @@ def choose_blocks(layout: Layout, choice: str) -> tuple[str, ...]:
         elif dash and low.isdigit() and high.isdigit():
             found = {n for n in names if n.split("_")[0] == side and int(low) <= int(n.split("_")[1]) <= int(high)}
         else:
-            found = {n for n in names if part in (n, f"{n}_0") or n.startswith(f"{part}_")}
+            found = {n for n in names if n == part or n.startswith(f"{part}_") or (n.count("_") == 1 and f"{n}_0" == part)}
         if not found:
             raise ValueError(f'blocks names "{part}", which this model does not have. It has: {", ".join(names)}.')
         chosen |= found

@@ -122,7 +122,7 @@ class SelfAttentionPatch:
             )
         block, sigma = block_name(*where[:2], extra_options.get("block_index", 0)), float(sigmas[0])
         if block not in self.heads and self.earlier is not None:
-            return self.earlier(q, k, v, extra_options)
+            return self.earlier._attend(q, k, v, extra_options)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=extra_options)

@@ -420,15 +420,19 @@ def test_a_sampler_reads_the_basis_of_its_level(pack):
         assert difference(a, b) < 1e-5, i
 
 
-def test_prompts_and_masks_of_chosen_frames_are_what_core_shows_them(pack):
+def test_prompts_and_masks_of_chosen_frames_go_around(pack):
     select = pack.nodes.bridge.conditioning.select_frames
     for rows, shown in ((3, [0, 0, 2]), (8, [0, 3, 5]), (1, [0])):  # core goes around, and leaves out what is too many
         given = prompt(frames=rows, mask=torch.rand(rows, 8, 16), other=torch.rand(rows, 2))
         [[text, options]] = select(given, [0, 3, 5], 6)
         assert torch.equal(text, given[0][0][shown])
+        core_shows = comfy.utils.repeat_to_batch_size(given[0][0], 6)[[0, 3, 5]]
+        assert torch.equal(text.expand_as(core_shows), core_shows)
         for name in ("pooled_output", "mask"):
             assert torch.equal(options[name], given[0][1][name][shown])
         assert options["other"] is given[0][1]["other"], "not one for every frame: who knows what it is"
+    flat = torch.rand(8, 16)  # one mask for all frames, as core takes it too
+    assert select(prompt(mask=flat), [0, 3, 5], 6)[0][1]["mask"] is flat
     whole = prompt(frames=6)
     assert select(whole, [*range(6)], 6) is whole
 
