@@ -9,6 +9,7 @@ from types import ModuleType
 from tools import places
 
 ALIAS = "stem_video_inversion"
+PYTORCH_ATTENTION = "--use-pytorch-cross-attention"  # what ComfyUI takes on most GPUs, but not by itself on a CPU
 
 
 def start(argv: Sequence[str] = ("--cpu",)) -> ModuleType:

@@ -274,7 +274,7 @@ def main() -> None:
     rank, processes = dist.get_rank(), dist.get_world_size()
     if BATCH % processes or REFRESH % processes:
         parser.error(f"{processes} processes cannot share {BATCH} samples and {REFRESH} new scenes a step evenly; use 1 or 2.")
-    pack = comfy.start(["--cpu", "--use-pytorch-cross-attention"])
+    pack = comfy.start(("--cpu", comfy.PYTORCH_ATTENTION))
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     demo = pack.nodes.bridge.demo_model

@@ -1,6 +1,7 @@
 """The clips that benchmarks run on, and the model that they run through."""
 
 import hashlib
+from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -14,7 +15,6 @@ from tools import comfy, places
 from tools.training_data import REAL_CLIPS, real_frames
 
 FRAMES, SIZE = 16, 128
-ATTENTION = "--use-pytorch-cross-attention"  # PyTorch's own, which ComfyUI takes on most GPUs but not by itself on a CPU
 GENERATED = tuple(f"scene {seed}" for seed in range(12))
 
 
@@ -47,6 +47,7 @@ class Demo(NamedTuple):
         return self.core.VAEDecode().decode(self.vae, latents)[0]
 
 
+@cache  # the bases bench inverts a clip many times, and the flow of a real one takes long to estimate
 def load_clip(name: str) -> Clip:
     """A clip of FRAMES frames of SIZE x SIZE pixels, by a name of GENERATED or REAL_CLIPS."""
     if name in GENERATED:
@@ -60,7 +61,7 @@ def load_clip(name: str) -> Clip:
 
 
 def load_demo() -> Demo:
-    pack = comfy.start(("--cpu", ATTENTION))
+    pack = comfy.start(("--cpu", comfy.PYTORCH_ATTENTION))
     import comfy.utils as core_utils
 
     import nodes as core
@@ -76,5 +77,5 @@ def environment(demo: Demo) -> dict[str, Any]:
         "checkpoint": demo.checkpoint,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "attention": ATTENTION,
+        "attention": comfy.PYTORCH_ATTENTION,
     }
