@@ -5,6 +5,7 @@ A NamedTuple of tensors on the CPU, lists and tuples only: ComfyUI's cache count
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .basis import BasisSettings, ModelFingerprint
@@ -41,3 +42,38 @@ def latents_at(trajectory: Trajectory, sigma: float | Tensor, rtol: float = 1e-3
             f"sample on the sigmas of its inversion ({trajectory.settings.steps} steps)."
         )
     return trajectory.latents[level]
+
+
+def latents_between(trajectory: Trajectory, sigma: float | Tensor) -> Tensor:
+    """Latents (f, c, height, width) at any level the trajectory covers.
+
+    Between two recorded levels the path of an inversion is a straight line in x, so nothing is lost by walking along it. Below
+    the first level, where sampling may end, it goes on in the first direction.
+
+    Raises:
+        ValueError: sigma above the last level.
+    """
+    sigmas, sigma = trajectory.sigmas, float(sigma)
+    if sigma > float(sigmas[-1]) * 1.001:
+        raise ValueError(
+            f"the trajectory ends at sigma {float(sigmas[-1]):.6g}, latents are needed at {sigma:.6g}; "
+            f"sample on the sigmas of its inversion ({trajectory.settings.steps} steps)."
+        )
+    above = int((sigmas < sigma).sum().clamp(1, len(sigmas) - 1))
+    low, high = trajectory.latents[above - 1], trajectory.latents[above]
+    share = (sigma - float(sigmas[above - 1])) / float(sigmas[above] - sigmas[above - 1])
+    return torch.lerp(low, high, min(share, 1.0))
+
+
+def check_trajectory(trajectory: Trajectory, model: ModelFingerprint) -> None:
+    """Whether a model can follow the trajectory.
+
+    Raises:
+        ValueError: It was recorded with another family, prediction type or other blocks.
+    """
+    if trajectory.model != model:
+        raise ValueError(
+            f"the trajectory was recorded with a {trajectory.model.family} model ({trajectory.model.prediction} prediction, "
+            f"{len(trajectory.model.blocks)} blocks), this model is {model.family} ({model.prediction} prediction, "
+            f"{len(model.blocks)} blocks); invert the clip with this model."
+        )

@@ -53,6 +53,17 @@ def contact_sheet(clips: dict[str, Tensor], width: int = 2000) -> Image.Image:
     return sheet
 
 
+def thumbnail(clips: dict[str, Tensor], columns: int = 4) -> Image.Image:
+    """A row of evenly spaced frames for each clip, without words."""
+    width, height = _size(clips)
+    moments = torch.linspace(0, len(next(iter(clips.values()))) - 1, columns).round().int().tolist()
+    picture = Image.new("RGB", (columns * (width + GAP) - GAP, len(clips) * (height + GAP) - GAP), PAPER)
+    for row, clip in enumerate(clips.values()):
+        for column, moment in enumerate(moments):
+            picture.paste(_enlarged(clip[moment]), (column * (width + GAP), row * (height + GAP)))
+    return picture
+
+
 def save_video(path: Path, pictures: Sequence[Image.Image], fps: float) -> None:
     """Writes pictures of one even size as an H.264 video."""
     with av.open(str(path), "w") as container:

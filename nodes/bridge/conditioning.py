@@ -1,9 +1,12 @@
 """Conditionings of which each frame has its own part, cut down to some of the frames."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from comfy.conds import CONDRegular
 from comfy.controlnet import ControlBase
 
 CYCLIC = ("pooled_output", "mask")
@@ -29,9 +32,7 @@ def select_frames(conditioning: list, ids: list[int], frames: int) -> list:
 
     def select(name: str, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            one_for_all = name == "mask" and value.ndim == 2
-            cyclic = name in CYCLIC or (value.ndim > 1 and len(value) == frames)
-            return _select_rows(value, ids) if cyclic and not one_for_all else value
+            return _select_tensor(name, value, ids, frames)
         if hasattr(value, "cond_hint_original"):
             return _select_control(value, ids, controls)
         return copy.copy(value) if isinstance(value, (list, dict)) else value
@@ -53,6 +54,60 @@ def _select_control(control: ControlBase, ids: list[int], done: dict[int, Contro
     return done[id(control)]
 
 
+def _select_tensor(name: str, value: torch.Tensor, ids: list[int], frames: int) -> torch.Tensor:
+    one_for_all = name == "mask" and value.ndim == 2
+    cyclic = name in CYCLIC or (value.ndim > 1 and len(value) == frames)
+    return _select_rows(value, ids) if cyclic and not one_for_all else value
+
+
 def _select_rows(x: torch.Tensor | None, ids: list[int]) -> torch.Tensor | None:
     """Rows of the chosen frames, as core repeats rows that are fewer than the frames; a single one stands for all."""
     return x if x is None or len(x) == 1 else x[[i % len(x) for i in ids]]
+
+
+def select_prepared(conds: list[dict] | None, ids: list[int], frames: int) -> list[dict] | None:
+    """The same for conditionings as core has prepared them for a run; their ControlNets are left as they are."""
+    if conds is None:
+        return None
+    return [{name: _select_prepared(value, ids, frames) for name, value in cond.items()} for cond in conds]
+
+
+@contextmanager
+def hints_of_frames(conds: list[list[dict] | None], ids: list[int], frames: int) -> Iterator[None]:
+    """Lets the ControlNets of prepared conditionings show the hints of some frames, for the calls inside."""
+    seen, before = {}, []
+    for control in (cond.get("control") for role in conds for cond in role or []):
+        while control is not None:
+            for each in (control, *control.multigpu_clones.values()):
+                seen[id(each)] = each
+            control = control.previous_controlnet
+    for control in seen.values():
+        if hasattr(control, "sub_idxs"):  # of Advanced-ControlNet, which picks its hints itself
+            changed = {"sub_idxs": ids, "full_latent_length": frames, "context_length": len(ids)}
+        else:
+            extra = [_select_rows(x, ids) for x in control.extra_concat_orig]
+            changed = {"cond_hint_original": _select_rows(control.cond_hint_original, ids), "extra_concat_orig": extra}
+        before.append((control, {name: getattr(control, name) for name in changed}))
+        _assign(control, changed)
+    try:
+        yield
+    finally:
+        for control, values in before:
+            _assign(control, values)
+
+
+def _assign(control: Any, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(control, name, value)
+    control.cond_hint = None  # made from the original at the next call
+
+
+def _select_prepared(name: str, value: Any, ids: list[int], frames: int) -> Any:
+    if name == "model_conds":
+        return {each: _select_cond(part, ids) for each, part in value.items()}
+    return _select_tensor(name, value, ids, frames) if isinstance(value, torch.Tensor) else value
+
+
+def _select_cond(cond: Any, ids: list[int]) -> Any:
+    """Of what core hands to the UNet: classes of which it takes one row for each frame; the others are for all frames."""
+    return cond._copy_with(_select_rows(cond.cond, ids)) if isinstance(cond, CONDRegular) else cond

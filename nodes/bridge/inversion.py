@@ -14,6 +14,7 @@ from torch import Tensor
 from ...stem.basis import BasisSettings
 from ...stem.ddim import inversion_input, inversion_update, noise_levels, start_latent
 from ...stem.trajectory import InversionSettings, Trajectory
+from .companion import editor_on
 from .layout import Layout
 from .record import RECORD, BasisRecord
 from .self_attention import ContextChoice, patch_self_attention, without_own_patches
@@ -83,11 +84,13 @@ def invert(
 
     Raises:
         ValueError: No conditioning, one that leaves levels or parts of the picture out, hooks that change over the
-            sampling, or steps out of range.
+            sampling, an editor on the model, or steps out of range.
     """
     if not positive:
         raise ValueError("positive is an empty conditioning. Connect the prompt that describes the source clip.")
     _refuse_scheduled_hooks(positive)
+    if (editor := editor_on(model)) is not None:
+        raise ValueError(f"{editor} is on this model, and edits along an inversion. Connect the model from before that node.")
     sampling = model.get_model_object("model_sampling")
     levels = noise_levels(sampling.sigmas.cpu().float(), steps)
     _refuse_gaps(positive, levels[1:], sampling)

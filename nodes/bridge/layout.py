@@ -2,7 +2,9 @@
 
 from typing import NamedTuple
 
+import torch
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
 from comfy.model_patcher import ModelPatcher
 from comfy.model_sampling import V_PREDICTION, X0, ModelSamplingDiscrete
 
@@ -56,6 +58,19 @@ def read_layout(model: ModelPatcher) -> Layout:
 def block_name(side: str, number: int, index: int) -> str:
     """The name of one self-attention: "input_4", or "input_4_1" for the second one of a deeper transformer."""
     return f"{side}_{number}" + (f"_{index}" if index else "")
+
+
+def block_scales(unet: torch.nn.Module) -> dict[tuple[str, int], int]:
+    """How many times smaller than the latents the activations of each block of a UNet are, by core's key of the block."""
+    scale, found = 1, {}
+    for number, stage in enumerate(unet.input_blocks):
+        scale *= 2 if any(isinstance(module, Downsample) for module in stage) else 1
+        found["input", number] = scale
+    found["middle", 0] = scale
+    for number, stage in enumerate(unet.output_blocks):
+        found["output", number] = scale
+        scale //= 2 if any(isinstance(module, Upsample) for module in stage) else 1
+    return found
 
 
 def choose_blocks(layout: Layout, choice: str) -> tuple[str, ...]:

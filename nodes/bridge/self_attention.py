@@ -166,22 +166,30 @@ def patch_self_attention(
     Raises:
         ValueError: Another node's patch sits on one of the blocks: core has one place for each, and would drop one of the two.
     """
-    model = model.clone()
-    placed = _placed(model)
     heads = {block.name: block.heads for block in layout.model.blocks if block.name in blocks}
-    slots = [slot for slot in layout.slots if any(_in_slot(block, slot) for block in blocks)]
-    for slot in slots:
-        for key, patch in placed.items():
-            if key[:2] == slot and not isinstance(patch, SelfAttentionPatch):
-                raise ValueError(
-                    f"the self-attention of block {slot[0]}_{slot[1]} is already replaced by {_origin(patch)}, and ComfyUI has "
-                    "one place for it. Leave this block out of `blocks`, or take the other node off this model."
-                )
     sampling = model.get_model_object("model_sampling")
     start, end = (float(sampling.percent_to_sigma(p)) for p in percent)
-    patch = SelfAttentionPatch(choice, heads, start, end, owner)
+    return place_self_attention(model, layout, blocks, SelfAttentionPatch(choice, heads, start, end, owner))
+
+
+def place_self_attention(model: ModelPatcher, layout: Layout, blocks: tuple[str, ...], patch: Callable) -> ModelPatcher:
+    """A clone of the model with one patch in the slots of some blocks.
+
+    Raises:
+        ValueError: Another patch sits on one of them; a `SelfAttentionPatch` may take the place of another one.
+    """
+    model = model.clone()
+    placed = _placed(model)
+    slots = [slot for slot in layout.slots if any(_in_slot(block, slot) for block in blocks)]
     for slot in slots:
-        left = any(_in_slot(block.name, slot) and block.name not in heads for block in layout.model.blocks)
+        for key, other in placed.items():
+            if key[:2] == slot and not (isinstance(other, SelfAttentionPatch) and isinstance(patch, SelfAttentionPatch)):
+                raise ValueError(
+                    f"the self-attention of block {slot[0]}_{slot[1]} is already replaced by {_origin(other)}, and ComfyUI has "
+                    "one place for it. Leave this block out of `blocks`, or take the other node off this model."
+                )
+    for slot in slots:
+        left = any(_in_slot(block.name, slot) and block.name not in blocks for block in layout.model.blocks)
         earlier = placed.get(slot) if left else None
         model.set_model_attn1_replace(patch if earlier is None else replace(patch, earlier=earlier), *slot)
     return model

@@ -25,13 +25,21 @@ CONTRACT = {
         ],
         ["MODEL"],
     ),
+    "STEMTokenFlow": (
+        [
+            "model", "trajectory", "mode", "keyframe_every", "qk_until", "conv_until", "seed", "blocks", "blend", "keyframes",
+        ],
+        ["MODEL"],
+    ),
 }  # fmt: skip
 DEFAULTS = {
     "steps": 50, "num_bases": 256, "em_iterations": 5, "keyframes": 16, "seed": 0, "temperature": 0.01, "method": "stem",
     "frames_per_em": 0, "start_percent": 0.0, "end_percent": 1.0, "frames": 16, "size": 128,
     "blocks": "all", "colour": "random", "shape": "random", "background": "random",
+    "mode": "pnp", "keyframe_every": 8, "qk_until": 0.5, "conv_until": 0.8, "blend": "official",
+    ("STEMTokenFlow", "keyframes"): "random",
 }  # fmt: skip
-ADVANCED = {"temperature", "blocks", "frames_per_em"}
+ADVANCED = {"temperature", "blocks", "frames_per_em", "blend", ("STEMTokenFlow", "keyframes")}
 
 
 def nodes_of(pack):
@@ -49,8 +57,8 @@ def test_ids_inputs_outputs_and_defaults_are_the_contract(pack):
         found[name] = ([i.id for i in schema.inputs], [o.io_type for o in schema.outputs])
         for given in schema.inputs:
             if hasattr(given, "default"):
-                assert given.default == DEFAULTS[given.id], (name, given.id)
-            assert bool(given.advanced) == (given.id in ADVANCED), (name, given.id)
+                assert given.default == DEFAULTS.get((name, given.id), DEFAULTS.get(given.id)), (name, given.id)
+            assert bool(given.advanced) == bool(ADVANCED & {given.id, (name, given.id)}), (name, given.id)
             if given.id == "seed":
                 assert given.as_dict()["control_after_generate"] is False, "no new inversion with every queue"
     assert found == CONTRACT

@@ -43,6 +43,7 @@ def node(class_type: str, **inputs) -> Graph:
     [  # near: dB of the reconstruction; noise added, or the source in place of its noise, cost 4 dB and more each
         ("reconstruct", {"source", "autoencoder", "reconstruction"}, SIZE, 30),
         ("edit", {"edit"}, SIZE, None),
+        ("tokenflow", {"source", "edit"}, SIZE, None),
         ("long_clip", {"source", "autoencoder", "reconstruction"}, SIZE, 30),
         ("real_clip", {"source", "autoencoder", "reconstruction"}, 2 * SIZE, 22.5),
     ],
@@ -66,6 +67,25 @@ def test_frames_come_out(server, name, clips, width, near):
     for class_type in ("STEMInvertLatents", "SamplerCustom"):
         told = [(step.value, step.maximum) for step in seen if step.class_type == class_type]
         assert (1, STEPS) in told and told[-1] == (STEPS, STEPS)
+
+
+def test_tokenflow_with_a_controlnet(server):
+    graph = short("tokenflow")
+    without = previews(server, server.run(fresh(graph)))["edit"]
+    graph["control"] = {"class_type": "STEMTestControlNet", "inputs": {"model": ["demo", 0]}}
+    graph["hints"] = {
+        "class_type": "ControlNetApplyAdvanced",
+        "inputs": {
+            "positive": ["edited", 0], "negative": ["negative", 0], "control_net": ["control", 0], "image": ["clip", 0],
+            "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0,
+        },
+    }  # fmt: skip
+    graph["sample"]["inputs"] |= {"positive": ["hints", 0], "negative": ["hints", 1]}
+    found = previews(server, server.run(graph))["edit"]
+    assert found.shape == without.shape and found.std(dim=(1, 2, 3)).min() > 0.01
+    assert not torch.allclose(found, without, atol=0.02), "the ControlNet acts"
+    again = previews(server, server.run(fresh(graph)))["edit"]
+    assert torch.equal(found, again)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +155,13 @@ def test_frames_come_out(server, name, clips, width, near):
             id="basis for a method without one",
         ),
         pytest.param(
+            "tokenflow",
+            node("STEMTestModel", layout="sd2"),
+            {"tokenflow": {"model": ["wrong", 0]}},
+            r"trajectory was recorded with a .* this model is SD20 \(v .*; invert the clip with this model",
+            id="trajectory of another model",
+        ),
+        pytest.param(
             "reconstruct",
             {},
             {"invert": {"blocks": "middle, output_99"}},
@@ -152,6 +179,15 @@ def test_wrong_input_is_named_and_the_queue_goes_on(server, name, wrong, changes
         server.run(graph)
     assert (error.value.node_id, error.value.class_type) == (at_fault, class_type)
     assert previews(server, server.run(fresh(short("reconstruct"))))["reconstruction"].std() > 0.01
+
+
+def test_another_clip_is_refused_by_the_editor_while_the_sampler_runs(server):
+    graph = {**short("tokenflow"), **node("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=3)}
+    graph["sample"]["inputs"]["latent_image"] = ["wrong", 0]
+    message = r"STEMTokenFlow: the sampler's latents have the shape \(3, 4, 8, 8\), those of the trajectory \(4, 4, 8, 8\)"
+    with pytest.raises(GraphError, match=message) as error:
+        server.run(graph)
+    assert error.value.node_id == "sample"
 
 
 def test_zero_steps_are_refused(server):

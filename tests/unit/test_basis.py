@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stem.basis import Basis, BasisSettings, BlockLayout, ModelFingerprint, bases_at, check_basis
-from stem.trajectory import InversionSettings, Trajectory, latents_at
+from stem.trajectory import InversionSettings, Trajectory, latents_at, latents_between
 
 MODEL = ModelFingerprint("SD15", "eps", (BlockLayout("input_1", 2, 4), BlockLayout("middle_0", 2, 8)))
 SETTINGS = BasisSettings(num_bases=6, iterations=5, temperature=0.01, seed=0, frames_per_em=0)
@@ -94,3 +94,17 @@ def test_memory_of_both_is_seen_by_a_cache_that_counts_lists_tuples_and_cpu_tens
 
     assert counted(basis) == 3 * 2 * 6 * (4 + 8) * 2 + 3
     assert counted(trajectory) == 3 * 2 * 4 * 8 * 8 + 3
+
+
+@pytest.mark.parametrize(
+    ("sigma", "expected"),
+    [(0.1, 0.0), (1.0, 1.0), (10.0, 2.0), (0.55, 0.5), (torch.tensor(4.0), 1 + 1 / 3), (10.005, 2.0), (0.01, -0.1)],
+)
+def test_between_two_levels_a_trajectory_is_straight(trajectory, sigma, expected):
+    """The latents of the fixture are 0, 1 and 2 at the levels 0.1, 1 and 10; below the first it goes on the same way."""
+    assert latents_between(trajectory, sigma).unique().item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_above_its_end_a_trajectory_is_not_known(trajectory):
+    with pytest.raises(ValueError, match=r"the trajectory ends at sigma 10, latents are needed at 10\.1; sample on the sigmas"):
+        latents_between(trajectory, 10.1)

@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from tools.bench import bases, clips, inversion, report
+from stem.scenes import edit_scene, render
+from tools.bench import bases, clips, edit, inversion, report
 from tools.bench.cost import Cost
 
 ONE, TWO = {"psnr": 30.0, "seconds": 2.0}, {"psnr": 20.0, "seconds": 4.0}
@@ -154,3 +155,32 @@ def test_tokens_are_caught_at_the_chosen_levels_only():
     ((key, (tokens, seed, keys, values)),) = caught.found.items()
     assert key == (1, "input_1") and tokens == 3 and seed == 7
     assert keys.shape == (2, 6, 2) and torch.equal(values, -keys)
+
+
+# ------------------------------------------------------------------------------------------------------- edits
+
+
+def test_pairs_change_one_thing_each_and_all_in_turn():
+    pairs = [edit.pair(number) for number in range(edit.PAIRS)]
+    for change, source, target in pairs:
+        now = {name: getattr(target.figures[0], name) for name in ("colour", "shape")} | {"background": target.background}
+        assert target == edit_scene(source, **{change: now[change]}) != source
+    assert [sum(asked.change == change for asked in pairs) for change in edit.CHANGES] == [8, 8, 8]
+    assert len(set(pairs)) == len(pairs) >= 24
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_truth_is_the_best_edit_and_the_source_none(number):
+    asked = edit.pair(number)
+    truth, source = (edit.compare(asked, render(scene).images) for scene in (asked.target, asked.source))
+    assert truth["success"] == truth["kept"] == truth["ssim"] == 1 and truth["psnr"] == math.inf
+    assert source["success"] == 0 and source["kept"] == 1 and source["psnr_outside"] == math.inf
+    assert truth["psnr_outside"] == math.inf and source["psnr"] < 30 and truth["flicker"] < 0.02
+
+
+def test_averages_are_over_the_pairs_that_are_done():
+    names = [*edit.REFERENCES, *(f"{method}, {editor}" for method in edit.METHODS for editor in edit.EDITORS)]
+    results = {"edits": {"pair 0": dict.fromkeys(names, ONE), "pair 1": dict.fromkeys(names[:-1], TWO)}}
+    edit.summarise(results)
+    assert results["pairs"] == 1 and set(results["references"]) == set(edit.REFERENCES)
+    assert results["results"] == {method: dict.fromkeys(edit.EDITORS, ONE) for method in edit.METHODS}

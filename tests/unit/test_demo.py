@@ -11,7 +11,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from stem.metrics import psnr
 from stem.scenes import edit_scene
 from tools.demo import BAR, CLEAR, GRAPHS, Result, compare, load_graph, progress_bar, scene_of, summary, table
-from tools.pictures import BAND, GAP, SCALE, contact_sheet, save_video, side_by_side
+from tools.pictures import BAND, GAP, SCALE, contact_sheet, save_video, side_by_side, thumbnail
 from tools.server import Progress
 
 COLOURS = {"first": (1.0, 0.0, 0.0), "second": (0.0, 1.0, 0.0), "third": (0.0, 0.0, 1.0)}
@@ -88,6 +88,15 @@ def test_contact_sheet_has_a_row_for_each_clip_and_frames_from_the_first_to_the_
 def test_clips_of_different_sizes_are_refused(clips, show):
     with pytest.raises(ValueError, match=r"\(4, 24, 32, 3\).*one length and size"):
         show(clips | {"second": clips["second"][:4]})
+
+
+def test_thumbnail_has_a_row_for_each_clip(clips):
+    picture = thumbnail(clips, columns=2)
+    assert picture.size == (2 * SCALE * 32 + GAP, 3 * SCALE * 24 + 2 * GAP)
+    for row, clip in enumerate(clips.values()):
+        for column, moment in enumerate((0, 4)):
+            at = (column * (SCALE * 32 + GAP) + SCALE * 16, row * (SCALE * 24 + GAP) + SCALE * 12)
+            assert picture.getpixel(at) == tuple((clip[moment, 12, 16] * 255).round().int().tolist())
 
 
 def test_video_gives_the_pictures_back(clips, tmp_path):

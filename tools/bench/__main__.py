@@ -1,4 +1,4 @@
-"""python -m tools.bench {inversion,bases} [--quick] [--json FILE]"""
+"""python -m tools.bench {inversion,bases,edit} [--quick] [--json FILE]"""
 
 import argparse
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from tools import places
-from tools.bench import bases, inversion, report
+from tools.bench import bases, edit, inversion, report
 
-BENCHMARKS = {"inversion": inversion.run, "bases": bases.run}
+BENCHMARKS = {"inversion": inversion.run, "bases": bases.run, "edit": edit.run}
 
 
 @torch.inference_mode()  # as ComfyUI runs its nodes
@@ -18,7 +18,7 @@ def main() -> None:
         description="Measurements on the demo model. The file is written as they go on; after an interruption the same words "
         "go on from it.",
     )
-    parser.add_argument("what", choices=BENCHMARKS, help="ways of inverting compared, or the bases looked at")
+    parser.add_argument("what", choices=BENCHMARKS, help="ways of inverting compared, the bases looked at, or edits")
     parser.add_argument("--quick", action="store_true", help="few clips, few steps")
     parser.add_argument("--json", type=Path, help="results (default: output/bench/<what>[-quick].json)")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""A node pack for the server tests alone: models of other families, and a LATENT without frames."""
+"""A node pack for the server tests alone: models of other families, a random ControlNet, and a LATENT without frames."""
 
 import importlib.util
 from pathlib import Path
@@ -25,6 +25,24 @@ class STEMTestModel(io.ComfyNode):
         return io.NodeOutput(_tiny_models().tiny_model(layout))
 
 
+class STEMTestControlNet(io.ComfyNode):
+    """Random weights, in the layout of a model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="STEMTestControlNet",
+            category="testing",
+            inputs=[io.Model.Input("model")],
+            outputs=[io.ControlNet.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model) -> io.NodeOutput:
+        models, sizes = _tiny_models(), model.model.model_config.unet_config
+        return io.NodeOutput(models.tiny_controlnet(unet={name: sizes[name] for name in models.SD1}))
+
+
 class STEMTestEmptyLatent(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -37,7 +55,7 @@ class STEMTestEmptyLatent(io.ComfyNode):
 
 class TestModels(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [STEMTestModel, STEMTestEmptyLatent]
+        return [STEMTestModel, STEMTestControlNet, STEMTestEmptyLatent]
 
 
 async def comfy_entrypoint() -> TestModels:

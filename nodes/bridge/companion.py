@@ -1,0 +1,163 @@
+"""The source clip beside the one that is sampled: its latents and its prompt at the level of every model call.
+
+An editor asks for features of the source by a pass of its own through the same model, with the conditioning of the inversion.
+Nothing of it is a hidden part of the sampler's batch.
+"""
+
+from dataclasses import dataclass, field
+
+import comfy.sampler_helpers
+import comfy.samplers
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...stem.ddim import to_ddim
+from ...stem.trajectory import Trajectory, check_trajectory, latents_between
+from .layout import Layout
+
+KEY = "stem_source"
+"""Of the wrappers, of the run in `transformer_options`, and of the source's prompt among those of a guider."""
+
+REGIONS = ("area", "mask", "mask_strength", "set_area_to_bounds", "strength")
+"""Options of a conditioning that say where and how much it acts."""
+
+
+@dataclass(eq=False)
+class SourceRun:
+    """What one run of a sampler knows of the source."""
+
+    trajectory: Trajectory
+    node: str  # to name in an error
+    mask: Tensor | None  # 1 where the clip is to be edited
+    conds: list[dict] = field(default_factory=list)
+
+    def latents(self, sigma: float, like: Tensor) -> Tensor:
+        """(f, c, height, width) of the source at a noise level, in the model's scale."""
+        try:
+            return latents_between(self.trajectory, sigma).to(like)
+        except ValueError as error:
+            raise ValueError(f"{self.node}: {error}") from error
+
+    def prompt(self, sigma: float) -> list[dict]:
+        """The source's conditioning at a noise level: of several that act, the first."""
+        active = [c for c in self.conds if c.get("timestep_end", 0) <= sigma <= c.get("timestep_start", float("inf"))]
+        return active[:1]
+
+    def keep(self, x: Tensor, source: Tensor) -> Tensor:
+        """x where the clip is to be edited, the source elsewhere."""
+        return x if self.mask is None else source + self.mask * (x - source)
+
+    def clean(self, like: Tensor) -> Tensor:
+        """The source without noise, in the model's scale."""
+        return clean_source(self.trajectory).to(like)
+
+
+@dataclass(frozen=True, eq=False)
+class Companion:
+    """Wrappers around a sampler's run that bring the source along; the object is shared by clones and never changes."""
+
+    trajectory: Trajectory
+    node: str  # to name in an error
+
+    def outer_sample(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+        """Opens a `SourceRun`. Where the sampler adds noise of its own, it is given the source's instead."""
+        guider = executor.class_obj
+        options = guider.model_options.setdefault("transformer_options", {})
+        try:
+            self._check(guider, latent_image, sigmas, denoise_mask)
+        except ValueError as error:
+            raise ValueError(f"{self.node}: {error}") from error
+        if noise.count_nonzero():
+            noise = noise_of_source(self.trajectory).to(noise)
+        run = SourceRun(self.trajectory, self.node, denoise_mask)
+        options[KEY] = run
+        guider.conds[KEY] = self._source_conds()  # so that core loads their ControlNets, and cleans them up afterwards
+        try:
+            out = executor(noise, latent_image, sampler, sigmas, None, *args, **kwargs)
+        finally:
+            del options[KEY]
+        if denoise_mask is None:
+            return out
+        end = float(sigmas[-1])
+        kept = latents_between(self.trajectory, end) if end else clean_source(self.trajectory)
+        return SourceRun(self.trajectory, self.node, denoise_mask.to(out)).keep(
+            out, guider.model_patcher.model.process_latent_out(kept).to(out)
+        )
+
+    def sampler_sample(self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, *args, **kwargs):
+        """Prepares the source's conditioning as core does its own, but apart: no ControlNet of the edit gets into it."""
+        run = extra_args["model_options"]["transformer_options"][KEY]
+        if any("area" in cond for role in guider.conds.values() for cond in role):
+            raise ValueError(
+                f"{self.node}: a prompt acts on an area of its own size, for which the source has no features. Use masks with "
+                "set_cond_area default instead."
+            )
+        source = {"positive": self._source_conds()}
+        prepared = comfy.samplers.process_conds(
+            guider.inner_model, noise, source, noise.device, latent_image, None, extra_args.get("seed")
+        )
+        run.conds = prepared["positive"]
+        if run.mask is not None:
+            run.mask = run.mask.to(noise)
+        return executor(guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
+
+    def _source_conds(self) -> list[dict]:
+        """Of the whole picture: where a prompt acts does not matter for features."""
+        conds = comfy.sampler_helpers.convert_cond(self.trajectory.conditioning)
+        return [{name: value for name, value in cond.items() if name not in REGIONS} for cond in conds]
+
+    def _check(self, guider, latent_image: Tensor, sigmas: Tensor, mask: Tensor | None) -> None:
+        recorded = self.trajectory.latents.shape[1:]
+        if latent_image.shape != recorded:
+            raise ValueError(
+                f"the sampler's latents have the shape {tuple(latent_image.shape)}, those of the trajectory {tuple(recorded)}. "
+                "Sample the clip that was inverted, all its frames, in its size."
+            )
+        low, high = float(self.trajectory.sigmas[0]), float(self.trajectory.sigmas[-1])
+        if float(sigmas[0]) > high * 1.001:
+            steps = self.trajectory.settings.steps
+            other = f", or the scheduler ddim_uniform with {steps} steps" if 1000 % steps == 0 else ""
+            raise ValueError(
+                f"the sampler starts at sigma {float(sigmas[0]):.4g}, the trajectory ends at {high:.4g}. Use the SIGMAS of "
+                f"STEM Invert Latents{other}."
+            )
+        if float(sigmas[0]) <= low:
+            raise ValueError(f"the sampler starts at sigma {float(sigmas[0]):.4g}, where nothing is left to do.")
+        if mask is not None and "denoise_mask_function" in guider.model_options:
+            raise ValueError(
+                "Differential Diffusion is on this model and changes the noise mask from step to step, where the source is "
+                "kept outside one mask. Take that node off this model."
+            )
+        if any(cond.get("hooks") is not None for cond in self._source_conds()):
+            raise ValueError("the clip was inverted with hooks on its prompt, which cannot be kept apart. Invert it without.")
+
+
+def clean_source(trajectory: Trajectory) -> Tensor:
+    """The source without noise (f, c, height, width), in the model's scale."""
+    return to_ddim(trajectory.latents[0], trajectory.sigmas[0])
+
+
+def noise_of_source(trajectory: Trajectory) -> Tensor:
+    """eps that leads from the source to the end of its inversion, x = z0 + sigma eps: the card's start at any level."""
+    return (trajectory.latents[-1] - clean_source(trajectory)) / trajectory.sigmas[-1]
+
+
+def add_companion(model: ModelPatcher, layout: Layout, trajectory: Trajectory, node: str) -> None:
+    """Puts the wrappers on a model that has been cloned already.
+
+    Raises:
+        ValueError: The trajectory was recorded with another model, or an editor is on this one already.
+    """
+    if (other := editor_on(model)) is not None:
+        raise ValueError(f"{other} is on this model already, and one clip is edited in one way. Take one of the two off.")
+    check_trajectory(trajectory, layout.model)
+    companion = Companion(trajectory, node)
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, companion.outer_sample)
+    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, companion.sampler_sample)
+
+
+def editor_on(model: ModelPatcher) -> str | None:
+    """The editor that is on a model already, by the id of its node."""
+    wrappers = model.wrappers.get(WrappersMP.OUTER_SAMPLE, {}).get(KEY, [])
+    return wrappers[0].__self__.node if wrappers else None

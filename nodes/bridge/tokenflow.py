@@ -1,0 +1,306 @@
+"""TokenFlow's passes through the UNet, and the patches that tell them apart.
+
+Every model call of the sampler becomes, at its noise level: a pass of the source's keyframes and one of the edited keyframes,
+then for each group of frames a pass of the source and one of the edit. In the first two, self-attention is computed (the
+edited keyframes attend to one another); in the others it is looked up along the source's nearest neighbours.
+"""
+
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.model_management import throw_exception_if_processing_interrupted
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...stem.tokenflow import (
+    current_weight,
+    draw_keyframes,
+    extended_context,
+    groups_of_frames,
+    lowest_level,
+    middle_keyframes,
+    nearest_tokens,
+    propagate,
+)
+from ...stem.trajectory import Trajectory
+from .companion import KEY, SourceRun, add_companion
+from .conditioning import hints_of_frames, select_prepared
+from .frames import frames_of_call
+from .layout import Layout, block_name, block_scales
+from .self_attention import place_self_attention
+
+PASS = "stem_tokenflow_pass"
+"""Key in `transformer_options`, where the patches find which pass they are in."""
+
+INJECTED = tuple(("output", i) for i in range(4, 12))  # blocks whose queries and keys are the source's
+CONVOLUTION = ("output", 4)  # the block whose residual convolutions are the source's
+
+
+class TokenFlowSettings(NamedTuple):
+    mode: str  # "pnp", "sdedit" or "pnp_per_frame"
+    keyframe_every: int
+    qk_until: float
+    conv_until: float
+    seed: int
+    blend: str  # "official" or "distance"
+    keyframes: str  # "random" or "fixed"
+
+
+class Stream(NamedTuple):
+    """One conditioning in a call: its place among the guider's, and its uuid."""
+
+    role: int
+    uuid: object
+
+
+SOURCE = Stream(-1, None)
+
+
+@dataclass(eq=False)
+class Step:
+    """What the passes of one model call leave for one another."""
+
+    keyframes: list[int]
+    inject_qk: bool
+    inject_conv: bool
+    norms: dict[str, Tensor] = field(default_factory=dict)  # block -> tokens of the source's keyframes before attention
+    outputs: dict[tuple[str, Stream], Tensor] = field(default_factory=dict)  # attention of the keyframes (k, n, c)
+
+
+@dataclass(eq=False)
+class Pass:
+    """One pass of the source and then of the edit over the same frames."""
+
+    step: Step
+    of_source: bool
+    group: int | None  # None: the keyframes
+    weights: Tensor | None  # of the group's own keyframe, one for each frame
+    queries: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # block -> q, k of the source
+    nearest: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # block -> of keyframe i, i - 1
+    branch: Tensor | None = None  # the source's residual convolutions
+
+
+def streams_of(options: dict, now: Pass) -> list[Stream]:
+    if now.of_source:
+        return [SOURCE]
+    roles = options.get("cond_or_uncond") or [0]
+    return [Stream(*pair) for pair in zip(roles, options.get("uuids") or [None] * len(roles), strict=True)]
+
+
+def name_of(options: dict) -> str:
+    return block_name(*options["block"][:2], options.get("block_index", 0))
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFlowPatch:
+    """The object in core's slots; it never changes."""
+
+    settings: TokenFlowSettings
+    blocks: frozenset[str]
+
+    def before_attention(self, n: Tensor, context: Tensor, value: Tensor, extra_options: dict) -> tuple[Tensor, Tensor, Tensor]:
+        """attn1_patch: keeps the source's tokens, or finds where they come from."""
+        now, block = extra_options.get(PASS), name_of(extra_options)
+        if now is not None and now.of_source and block in self.blocks:
+            _check_tokens(n, n, extra_options)
+            if now.group is None:
+                now.step.norms[block] = n
+            else:
+                kept = now.step.norms[block]
+                before = nearest_tokens(n, kept[now.group - 1]) if now.group else None
+                now.nearest[block] = nearest_tokens(n, kept[now.group]), before
+        return n, context, value
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
+        """attn1 replace."""
+        now, block = extra_options.get(PASS), name_of(extra_options)
+        precision, heads = extra_options.get("attn_precision"), extra_options["n_heads"]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=extra_options)
+
+        if now is None or block not in self.blocks:
+            return attend(q, k, v)
+        _check_tokens(q, k, extra_options)
+        if now.group is not None and self.settings.mode != "pnp_per_frame":
+            return torch.zeros_like(q)  # `after_attention` has the answer
+        injected = now.step.inject_qk and tuple(extra_options["block"][:2]) in INJECTED
+        if now.of_source:
+            if injected:
+                now.queries[block] = q, k
+            return attend(q, k, v)
+        out = []
+        streams = len(streams_of(extra_options, now))
+        for q_, k_, v_ in zip(q.chunk(streams), k.chunk(streams), v.chunk(streams), strict=True):
+            if injected:
+                q_, k_ = (x.to(q_) for x in now.queries[block])
+            if self.settings.mode == "pnp_per_frame":
+                out.append(attend(q_, k_, v_))
+            else:
+                row = attend(q_.flatten(0, 1)[None], extended_context(k_), extended_context(v_))
+                out.append(row.unflatten(1, q_.shape[:2])[0])
+        return torch.cat(out)
+
+    def after_attention(self, n: Tensor, extra_options: dict) -> Tensor:
+        """attn1_output_patch: keeps the attention of keyframes, or puts together that of other frames from it."""
+        now, block = extra_options.get(PASS), name_of(extra_options)
+        if now is None or block not in self.blocks:
+            return n
+        streams = streams_of(extra_options, now)
+        if now.group is None:
+            for stream, part in zip(streams, n.chunk(len(streams)), strict=True):
+                now.step.outputs[block, stream] = part
+            return n
+        here, before = (None if x is None else x.to(n.device) for x in now.nearest[block])
+        parts = []
+        for stream in streams:
+            kept = now.step.outputs[block, stream].to(n.device)
+            parts.append(propagate(kept[now.group], kept[now.group - 1] if now.group else None, here, before, now.weights))
+        return torch.cat(parts)
+
+    def residual_block(self, layer: ResBlock, x: Tensor, emb: Tensor, _context: Any, options: dict, *_: Any) -> Tensor:
+        """forward_timestep_embed_patch: the residual convolutions of one block are the source's."""
+        now = options.get(PASS)
+        if now is None or not now.step.inject_conv or tuple(options["block"][:2]) != CONVOLUTION:
+            return layer(x, emb)
+        skip = layer.skip_connection(x)
+        if not now.of_source:
+            return skip + now.branch.to(skip).repeat(len(skip) // len(now.branch), 1, 1, 1)
+        out = layer(x, emb)
+        now.branch = out - skip
+        return out
+
+    def model_call(self, executor, model, conds, x_in, timestep, model_options):
+        """CALC_COND_BATCH wrapper: one model call of the sampler becomes the passes of one step."""
+        options = model_options.get("transformer_options", {})
+        run: SourceRun | None = options.get(KEY)
+        if run is None or PASS in options:
+            return executor(model, conds, x_in, timestep, model_options)
+        if options.get("ad_params"):
+            raise ValueError(
+                "STEMTokenFlow: it goes through the clip in groups of frames, and AnimateDiff's motion modules need all of "
+                "them at once. Take one of the two off this model."
+            )
+        if options.get("context_window") is not None:
+            raise ValueError(
+                "STEMTokenFlow: it goes through the clip in groups of frames itself, and context windows would tear its "
+                "keyframes apart. Take the context windows off this model; memory grows with the keyframes alone."
+            )
+        sigma, frames = float(timestep[0]), len(x_in)
+        source = run.latents(sigma, x_in)
+        x = run.keep(x_in, source)
+        step, groups = self._plan(run.trajectory, sigma, frames)
+
+        def go(ids: list[int], group: int | None) -> list[Tensor]:
+            weights = None
+            if group is not None:
+                every, blend = self.settings.keyframe_every, self.settings.blend
+                weights = torch.tensor([current_weight(i, group, every, step.keyframes, blend) for i in ids])
+            now = Pass(step, True, group, weights)
+            # Told as AnimateDiff tells it, which is what other packs read.
+            told_frames = {"sub_idxs": ids, "full_length": frames, "context_length": len(ids)}
+            told = {**model_options, "transformer_options": {**options, PASS: now, "ad_params": told_frames}}
+            for of_source, roles, latents in ((True, [run.prompt(sigma)], source), (False, conds, x)):
+                throw_exception_if_processing_interrupted()
+                now.of_source = of_source
+                with hints_of_frames(roles, ids, frames):
+                    chosen = [select_prepared(role, ids, frames) for role in roles]
+                    out = executor(model, chosen, latents[ids], timestep[ids], told)
+            return out
+
+        if self.settings.mode != "pnp_per_frame":
+            go(step.keyframes, None)
+        outs = [torch.empty_like(x_in) for _ in conds]
+        for group, ids in enumerate(groups):
+            for whole, part in zip(outs, go(list(ids), group), strict=True):
+                whole[ids.start : ids.stop] = part
+        clean = None if run.mask is None else run.clean(x_in)
+        return outs if clean is None else [run.keep(out, clean) for out in outs]
+
+    def reserve(self, executor, model, noise_shape, *args, **kwargs):
+        """PREPARE_SAMPLING wrapper: memory for as many frames as a pass holds, not for the whole clip."""
+        groups = groups_of_frames(noise_shape[0], self.settings.keyframe_every)
+        keyframes = 0 if self.settings.mode == "pnp_per_frame" else len(groups)
+        return executor(model, [max(keyframes, len(groups[0])), *noise_shape[1:]], *args, **kwargs)
+
+    def _plan(self, trajectory: Trajectory, sigma: float, frames: int) -> tuple[Step, list[range]]:
+        every = self.settings.keyframe_every
+        if self.settings.keyframes == "random":
+            keyframes = draw_keyframes(frames, every, self.settings.seed, sigma)
+        else:
+            keyframes = middle_keyframes(frames, every)
+        inject = self.settings.mode != "sdedit"
+        qk, conv = (
+            inject and sigma >= lowest_level(trajectory.sigmas, until) * 0.999
+            for until in (self.settings.qk_until, self.settings.conv_until)
+        )
+        return Step(keyframes, qk, conv), groups_of_frames(frames, every)
+
+
+def keyframe_memory(layout: Layout, scales: dict, blocks: tuple[str, ...], frames: int, size: torch.Size, itemsize: int) -> int:
+    """Bytes that the features of the keyframes take, at most at once, with one positive and one negative prompt.
+
+    Four times the tokens of every block: the source's own, and the attention of source, cond and uncond. In the blocks of
+    `INJECTED` the source's queries and keys besides, until the keyframes are done.
+
+    Args:
+        layout, scales: Of the model; `scales` as `block_scales` gives them.
+        blocks: Names of those that take part.
+        frames: Number of keyframes.
+        size: Height and width of the latents.
+        itemsize: Bytes of one number.
+    """
+    numbers = 0
+    for block in layout.model.blocks:
+        if block.name in blocks:
+            side, number = block.name.split("_")[:2]
+            tokens = math.prod(-(-edge // scales[side, int(number)]) for edge in size)
+            copies = 6 if (side, int(number)) in INJECTED else 4
+            numbers += copies * tokens * block.heads * block.head_dim
+    return frames * numbers * itemsize
+
+
+def _check_tokens(q: Tensor, k: Tensor, options: dict) -> None:
+    try:
+        frames_of_call(q, k, options)
+    except ValueError as error:
+        raise ValueError(f"STEMTokenFlow: {error}") from error
+
+
+def patch_tokenflow(
+    model: ModelPatcher, layout: Layout, blocks: tuple[str, ...], trajectory: Trajectory, settings: TokenFlowSettings
+) -> ModelPatcher:
+    """A clone of the model that edits along a trajectory.
+
+    Raises:
+        ValueError: The trajectory is of another model, or another node's patch is in the way.
+    """
+    patch = TokenFlowPatch(settings, frozenset(blocks))
+    model = model.clone()
+    add_companion(model, layout, trajectory, "STEMTokenFlow")
+    model = place_self_attention(model, layout, blocks, patch)
+    others = model.model_options["transformer_options"].get("patches", {}).get("forward_timestep_embed_patch", [])
+    if any(issubclass(ResBlock, kind) for kind, _ in others):
+        raise ValueError(
+            "another node on this model already runs its residual blocks, where core has one place. Take that node off "
+            "this model."
+        )
+    if settings.mode != "pnp_per_frame":
+        frames, size = trajectory.latents.shape[1], trajectory.latents.shape[-2:]
+        groups = len(groups_of_frames(frames, settings.keyframe_every))
+        unet = model.model.diffusion_model
+        itemsize = model.model.get_dtype_inference().itemsize
+        total = keyframe_memory(layout, block_scales(unet), blocks, groups, size, itemsize)
+        logging.info(f"STEMTokenFlow: features of {groups} keyframes of {frames} frames take {total / 2**20:.0f} MiB.")
+        model.set_model_attn1_patch(patch.before_attention)
+        model.set_model_attn1_output_patch(patch.after_attention)
+    model.set_model_patch((ResBlock, patch.residual_block), "forward_timestep_embed_patch")
+    model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, patch.model_call)
+    model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, patch.reserve)
+    return model

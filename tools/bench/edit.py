@@ -1,0 +1,192 @@
+"""Which inversion and which editor make the better edit, on clips whose true edit is known.
+
+A generated clip is inverted in each of four ways and edited by prompt in each of three; what comes out is compared with the
+same scene rendered with one thing changed. `plain` samples with the target prompt from the inverted noise, with the model as
+it is; the other two are modes of STEMTokenFlow.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stem.metrics import flicker, psnr, ssim
+from stem.reader import Reading, read_clip, true_reading
+from stem.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, caption, edit_scene, random_scene, render
+from tools.bench import report
+from tools.bench.clips import FRAMES, SIZE, Demo, environment, load_demo
+from tools.bench.cost import Cost
+from tools.pictures import contact_sheet
+
+FIRST_SEED = 500_000  # of the scenes; those that were trained on begin at training_data.TRAINING_SEEDS
+CHANGES = ("colour", "shape", "background")  # in turn
+PAIRS, QUICK_PAIRS = 24, 3
+SHOWN = 0  # the pair on the contact sheet
+STEPS, QUICK_STEPS = 25, 10
+CFG = 7.5
+METHODS = ("ddim", "first_previous", "all_frames", "stem")
+EDITORS = ("plain", "pnp_per_frame", "tokenflow")
+NEGATIVE = ""
+BASES = {"num_bases": 256, "em_iterations": 5, "temperature": 0.01, "seed": 0, "frames_per_em": 0, "blocks": "all"}
+TOKENFLOW = {
+    "keyframe_every": 8, "qk_until": 0.5, "conv_until": 0.8, "seed": 0, "blocks": "all", "blend": "official",
+    "keyframes": "random",
+}  # fmt: skip
+MEASURES = {
+    "success": "share of the clips in which the reader sees the change that was asked for",
+    "kept": "share of the clips in which it sees the other two things unchanged",
+    "psnr": "dB, against the true edited clip",
+    "ssim": "against the true edited clip",
+    "psnr_outside": "dB, against the source where nothing was to change",
+    "flicker": "mean absolute change along the known motion",
+    "seconds": "of sampling the edit, the inversion not counted",
+    "peak_mb": "growth of the process's resident memory (10^6 bytes) in that",
+}
+COLUMNS = {
+    "success": ("edit seen", ".0%"),
+    "kept": ("rest kept", ".0%"),
+    "psnr": ("PSNR (dB)", ".2f"),
+    "ssim": ("SSIM", ".3f"),
+    "psnr_outside": ("outside (dB)", ".2f"),
+    "flicker": ("flicker", ".4f"),
+    "seconds": ("seconds", ".1f"),
+    "peak_mb": ("peak MB", ".0f"),
+}
+
+
+class Pair(NamedTuple):
+    """A scene, and the same scene with one thing changed."""
+
+    change: str
+    source: Scene
+    target: Scene
+
+
+def pair(number: int) -> Pair:
+    change = CHANGES[number % len(CHANGES)]
+    source = random_scene(FIRST_SEED + number, FRAMES, SIZE, SIZE, figures=1)
+    names = list({"colour": COLOURS, "shape": SHAPES, "background": BACKGROUNDS}[change])
+    now = source.background if change == "background" else getattr(source.figures[0], change)
+    other = names[(names.index(now) + 1 + number // len(CHANGES) % (len(names) - 1)) % len(names)]
+    return Pair(change, source, edit_scene(source, **{change: other}))
+
+
+def run(path: Path, quick: bool) -> None:
+    """Measures what the file does not hold yet, saves after every edit, and prints the table."""
+    demo = load_demo()
+    settings = {
+        "steps": QUICK_STEPS if quick else STEPS, "cfg": CFG, "frames": FRAMES, "size": SIZE, **BASES, "tokenflow": TOKENFLOW,
+        **environment(demo), "measures": MEASURES,
+    }  # fmt: skip
+    results = report.load(path, settings)
+    found = results.setdefault("edits", {})
+    for number in range(QUICK_PAIRS if quick else PAIRS):
+        name = f"pair {number}"
+        done = found.setdefault(name, {})
+        for reference in set(REFERENCES) - set(done):
+            done[reference] = compare(pair(number), REFERENCES[reference](demo, pair(number)))
+        for method in METHODS:
+            missing = [editor for editor in EDITORS if f"{method}, {editor}" not in done]
+            if missing:
+                for editor, _, measures in edit(demo, pair(number), method, missing, settings["steps"]):
+                    done[f"{method}, {editor}"] = measures
+                    summarise(results)
+                    report.save(path, results)
+        print(f"{name} done", file=sys.stderr, flush=True)
+    if not (picture := path.with_suffix(".jpg")).exists():
+        contact_sheet(shown(demo, settings["steps"])).save(picture, quality=90)
+    print(report.table(report.mean(complete(found)), COLUMNS, "inversion, editor"))
+
+
+REFERENCES = {  # what the measures say of clips that no editor made
+    "truth, through the VAE": lambda demo, asked: demo.decode(demo.encode(render(asked.target).images)),
+    "source, through the VAE": lambda demo, asked: demo.decode(demo.encode(render(asked.source).images)),
+}
+
+
+def complete(edits: report.Clips) -> report.Clips:
+    """The pairs on which everything was measured, so that all averages are over the same."""
+    wanted = {*REFERENCES, *(f"{method}, {editor}" for method in METHODS for editor in EDITORS)}
+    return {name: done for name, done in edits.items() if wanted <= done.keys()}
+
+
+def summarise(results: dict[str, Any]) -> None:
+    """Puts the averages into a report."""
+    edits = complete(results["edits"])
+    rows = report.mean(edits)
+    results["pairs"] = len(edits)
+    results["references"] = {name: rows[name] for name in REFERENCES if name in rows}
+    results["results"] = {
+        method: {e: rows[f"{method}, {e}"] for e in EDITORS if f"{method}, {e}" in rows}
+        for method in METHODS
+        if any(row.startswith(f"{method}, ") for row in rows)
+    }
+
+
+def edit(
+    demo: Demo, asked: Pair, method: str, editors: Sequence[str], steps: int
+) -> Iterator[tuple[str, Tensor, report.Measures]]:
+    """Inverts the source once and edits it with each of the editors; yields its name, the clip and the measures."""
+    source = render(asked.source)
+    positive, negative = demo.text(caption(asked.target)), demo.text(NEGATIVE)
+    noise, sigmas, trajectory, _ = demo.pack.nodes.invert.STEMInvertLatents.execute(
+        model=demo.model,
+        latents=demo.encode(source.images),
+        positive=demo.text(caption(asked.source)),
+        steps=steps,
+        method=method,
+        **BASES,
+    ).result
+    for editor in editors:
+        model = demo.model
+        if editor != "plain":
+            mode = "pnp" if editor == "tokenflow" else editor
+            model = demo.pack.nodes.tokenflow.STEMTokenFlow.execute(
+                model=model, trajectory=trajectory, mode=mode, **TOKENFLOW
+            ).result[0]
+        with Cost() as cost:
+            latents = sample(model, noise, sigmas, positive, negative)
+        images = demo.decode(latents)
+        yield editor, images, {**compare(asked, images), "seconds": cost.seconds, "peak_mb": cost.peak_mb}
+
+
+def shown(demo: Demo, steps: int) -> dict[str, Tensor]:
+    """One pair for the contact sheet: the source, the true edit, and what the editors make of two inversions."""
+    asked = pair(SHOWN)
+    clips = {"source": render(asked.source).images, "true edit": render(asked.target).images}
+    for method in ("ddim", "stem"):
+        clips |= {f"{method}, {editor}": images for editor, images, _ in edit(demo, asked, method, EDITORS, steps)}
+    return clips
+
+
+def compare(asked: Pair, images: Tensor) -> report.Measures:
+    """A clip (f, height, width, 3) beside the true edit."""
+    source, truth = render(asked.source), render(asked.target)
+    changed = {
+        "colour": source.mask,
+        "shape": torch.maximum(source.mask, truth.mask),
+        "background": 1 - source.mask,
+    }[asked.change]
+    seen, wanted = read_clip(images), true_reading(asked.target)
+    others = [field for field in Reading._fields if field != asked.change]
+    return {
+        "success": float(getattr(seen, asked.change) == getattr(wanted, asked.change)),
+        "kept": float(all(getattr(seen, field) == getattr(wanted, field) for field in others)),
+        "psnr": psnr(images, truth.images),
+        "ssim": ssim(images, truth.images),
+        "psnr_outside": psnr(images, source.images, (changed == 0).float()),
+        "flicker": flicker(images, truth.flow, truth.visible),
+    }
+
+
+def sample(model: Any, noise: dict, sigmas: Tensor, positive: list, negative: list) -> dict:
+    import comfy.samplers
+    from comfy_extras.nodes_custom_sampler import SamplerCustom
+
+    return SamplerCustom.execute(
+        model=model, add_noise=False, noise_seed=0, cfg=CFG, positive=positive, negative=negative,
+        sampler=comfy.samplers.sampler_object("ddim"), sigmas=sigmas, latent_image=noise,
+    ).result[0]  # fmt: skip
