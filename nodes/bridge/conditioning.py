@@ -69,7 +69,7 @@ def select_prepared(conds: list[dict] | None, ids: list[int], frames: int) -> li
     """The same for conditionings as core has prepared them for a run; their ControlNets are left as they are."""
     if conds is None:
         return None
-    return [{name: _select_prepared(value, ids, frames) for name, value in cond.items()} for cond in conds]
+    return [{name: _select_prepared(name, value, ids, frames) for name, value in cond.items()} for cond in conds]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import pytest
 import tomllib
 from PIL import Image
 
-from tools import bootstrap
+from tools import places
 from tools.demo import load_graph
 from tools.templates import FOLDER, TEMPLATES
 
@@ -73,7 +73,7 @@ def test_links_are_told_at_both_ends(stored):
 
 
 def test_a_missing_pack_can_be_found_and_nothing_overlaps(stored):
-    version = tomllib.loads((bootstrap.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    version = tomllib.loads((places.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     for node in stored["nodes"]:
         if node["type"].startswith("STEM"):
             assert (node["properties"]["cnr_id"], node["properties"]["ver"]) == ("stem-video-inversion", version)
