@@ -35,7 +35,8 @@ class STEMTokenFlow(io.ComfyNode):
                     default=8,
                     min=1,
                     max=64,
-                    tooltip="One keyframe in so many frames. Less is steadier over fast changes, and takes longer.",
+                    tooltip="One keyframe in so many frames; the others take over its features. Less keeps more detail and "
+                    "takes longer; 1 edits every frame.",
                 ),
                 io.Float.Input(
                     "qk_until",

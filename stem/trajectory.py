@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .basis import BasisSettings, ModelFingerprint
-from .ddim import nearest_level
 
 
 class InversionSettings(NamedTuple):
@@ -26,22 +25,6 @@ class Trajectory(NamedTuple):
     conditioning: list  # of the source prompt, as the host gave it; opaque here
     settings: InversionSettings
     model: ModelFingerprint
-
-
-def latents_at(trajectory: Trajectory, sigma: float | Tensor, rtol: float = 1e-3) -> Tensor:
-    """Latents (f, c, height, width) that were recorded at the level `sigma`.
-
-    Raises:
-        ValueError: no level within the relative tolerance; latents of another level would not do.
-    """
-    level = nearest_level(trajectory.sigmas, sigma)
-    nearest = float(trajectory.sigmas[level])
-    if abs(nearest - float(sigma)) > rtol * nearest:
-        raise ValueError(
-            f"the trajectory has no latents at sigma {float(sigma):.6g}, the nearest is {nearest:.6g}; "
-            f"sample on the sigmas of its inversion ({trajectory.settings.steps} steps)."
-        )
-    return trajectory.latents[level]
 
 
 def latents_between(trajectory: Trajectory, sigma: float | Tensor) -> Tensor:

@@ -160,7 +160,7 @@ def lay_out(template: Template, nodes: dict[str, dict]) -> list[dict]:
     if sorted(placed) != sorted(nodes):
         raise ValueError(f"groups of {template.graph} and its graph differ in {set(placed) ^ set(nodes)}")
     left, groups = 0, []
-    for (title, columns), colour in zip(template.groups.items(), COLOURS, strict=False):
+    for (title, columns), colour in zip(template.groups.items(), COLOURS[: len(template.groups)], strict=True):
         start, lowest = left, 0
         for column in columns:
             top = TITLE

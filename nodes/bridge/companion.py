@@ -4,10 +4,12 @@ An editor asks for features of the source by a pass of its own through the same 
 Nothing of it is a hidden part of the sampler's batch.
 """
 
+import logging
 from dataclasses import dataclass, field
 
 import comfy.sampler_helpers
 import comfy.samplers
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -40,8 +42,17 @@ class SourceRun:
             raise ValueError(f"{self.node}: {error}") from error
 
     def prompt(self, sigma: float) -> list[dict]:
-        """The source's conditioning at a noise level: of several that act, the first."""
-        active = [c for c in self.conds if c.get("timestep_end", 0) <= sigma <= c.get("timestep_start", float("inf"))]
+        """The source's conditioning at a noise level: of several that act, the first.
+
+        Raises:
+            ValueError: None acts there.
+        """
+        active = _active(self.conds, sigma)
+        if not active:
+            raise ValueError(
+                f"{self.node}: the prompt that the clip was inverted with does not act at sigma {sigma:.4g}. Sample on the "
+                "SIGMAS of STEM Invert Latents, or let its prompts follow one another without a gap."
+            )
         return active[:1]
 
     def keep(self, x: Tensor, source: Tensor) -> Tensor:
@@ -51,6 +62,10 @@ class SourceRun:
     def clean(self, like: Tensor) -> Tensor:
         """The source without noise, in the model's scale."""
         return clean_source(self.trajectory).to(like)
+
+
+def _active(conds: list[dict], sigma: float) -> list[dict]:
+    return [c for c in conds if c.get("timestep_end", 0) <= sigma <= c.get("timestep_start", float("inf"))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,10 +81,14 @@ class Companion:
         options = guider.model_options.setdefault("transformer_options", {})
         try:
             self._check(guider, latent_image, sigmas, denoise_mask)
+            self._check_start(guider.model_patcher.model.process_latent_in(latent_image), sigmas, bool(noise.count_nonzero()))
         except ValueError as error:
             raise ValueError(f"{self.node}: {error}") from error
         if noise.count_nonzero():
             noise = noise_of_source(self.trajectory).to(noise)
+            sigma = float(sigmas[0])
+            if sigma > float(guider.model_patcher.get_model_object("model_sampling").sigma_max) * 0.99999:
+                noise = noise * sigma / (1 + sigma**2) ** 0.5  # core scales it by the root there, and by sigma below
         run = SourceRun(self.trajectory, self.node, denoise_mask)
         options[KEY] = run
         guider.conds[KEY] = self._source_conds()  # so that core loads their ControlNets, and cleans them up afterwards
@@ -81,9 +100,8 @@ class Companion:
             return out
         end = float(sigmas[-1])
         kept = latents_between(self.trajectory, end) if end else clean_source(self.trajectory)
-        return SourceRun(self.trajectory, self.node, denoise_mask.to(out)).keep(
-            out, guider.model_patcher.model.process_latent_out(kept).to(out)
-        )
+        kept = guider.model_patcher.model.process_latent_out(kept).to(out)
+        return torch.where(denoise_mask.to(out) == 0, kept, out)  # where it is between 0 and 1, every model call was blended
 
     def sampler_sample(self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, *args, **kwargs):
         """Prepares the source's conditioning as core does its own, but apart: no ControlNet of the edit gets into it."""
@@ -98,6 +116,8 @@ class Companion:
             guider.inner_model, noise, source, noise.device, latent_image, None, extra_args.get("seed")
         )
         run.conds = prepared["positive"]
+        if any(len(_active(run.conds, sigma)) > 1 for sigma in sigmas[:-1].tolist()):
+            logging.warning(f"{self.node}: of several prompts that the clip was inverted with, the first leads, everywhere.")
         if run.mask is not None:
             run.mask = run.mask.to(noise)
         return executor(guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
@@ -120,10 +140,13 @@ class Companion:
             other = f", or the scheduler ddim_uniform with {steps} steps" if 1000 % steps == 0 else ""
             raise ValueError(
                 f"the sampler starts at sigma {float(sigmas[0]):.4g}, the trajectory ends at {high:.4g}. Use the SIGMAS of "
-                f"STEM Invert Latents{other}."
+                f"STEM Invert Latents{other}, with the sampler euler or ddim (dpm_2 and uni_pc begin one step earlier)."
             )
         if float(sigmas[0]) <= low:
-            raise ValueError(f"the sampler starts at sigma {float(sigmas[0]):.4g}, where nothing is left to do.")
+            raise ValueError(
+                f"the sampler starts at sigma {float(sigmas[0]):.4g}, the trajectory at {low:.4g}: nothing is left to edit. "
+                "Raise denoise, or begin at an earlier step."
+            )
         if mask is not None and "denoise_mask_function" in guider.model_options:
             raise ValueError(
                 "Differential Diffusion is on this model and changes the noise mask from step to step, where the source is "
@@ -131,6 +154,37 @@ class Companion:
             )
         if any(cond.get("hooks") is not None for cond in self._source_conds()):
             raise ValueError("the clip was inverted with hooks on its prompt, which cannot be kept apart. Invert it without.")
+
+    def _check_start(self, given: Tensor, sigmas: Tensor, adds_noise: bool) -> None:
+        """Whether the latents are those of another point of the way: a wire that is easily drawn, and gives noise or blur.
+
+        Args:
+            given: The sampler's latents, in the model's scale.
+            sigmas: Of the sampler.
+            adds_noise: Whether it adds noise to them.
+        """
+        high, sigma, given = float(self.trajectory.sigmas[-1]), float(sigmas[0]), given.to(self.trajectory.latents)
+        clean, inverted = clean_source(self.trajectory), self.trajectory.latents[-1]
+        wanted = clean if adds_noise else latents_between(self.trajectory, sigma)
+
+        def near(other: Tensor) -> bool:
+            return bool((given - other).norm() < 0.1 * (wanted - other).norm())
+
+        if adds_noise and near(inverted):
+            raise ValueError(
+                "the latents are noisy already, and the sampler adds noise. Switch add_noise off, or, where it cannot be "
+                "(KSampler), connect the clip's own latents in place of the inverted ones."
+            )
+        if not adds_noise and near(clean):
+            raise ValueError(
+                "the latents are the clip's own, and the sampler adds no noise. Connect the latents of STEM Invert Latents, or "
+                "switch add_noise on."
+            )
+        if not adds_noise and near(inverted):
+            raise ValueError(
+                f"the latents have noise of sigma {high:.4g}, the sampler starts at {sigma:.4g}. Start at the first of the "
+                "SIGMAS, or connect the clip's own latents and switch add_noise on."
+            )
 
 
 def clean_source(trajectory: Trajectory) -> Tensor:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from comfy.conds import CONDRegular
+from comfy.conds import CONDConstant, CONDRegular
 from comfy.controlnet import ControlBase
 
 CYCLIC = ("pooled_output", "mask")
@@ -73,7 +73,7 @@ def select_prepared(conds: list[dict] | None, ids: list[int], frames: int) -> li
 
 
 @contextmanager
-def hints_of_frames(conds: list[list[dict] | None], ids: list[int], frames: int) -> Iterator[None]:
+def hints_of_frames(conds: list[list[dict] | None], ids: list[int]) -> Iterator[None]:
     """Lets the ControlNets of prepared conditionings show the hints of some frames, for the calls inside."""
     seen, before = {}, []
     for control in (cond.get("control") for role in conds for cond in role or []):
@@ -82,9 +82,8 @@ def hints_of_frames(conds: list[list[dict] | None], ids: list[int], frames: int)
                 seen[id(each)] = each
             control = control.previous_controlnet
     for control in seen.values():
-        if hasattr(control, "sub_idxs"):  # of Advanced-ControlNet, which picks its hints itself
-            changed = {"sub_idxs": ids, "full_latent_length": frames, "context_length": len(ids)}
-        else:
+        changed = {}
+        if not hasattr(control, "sub_idxs"):  # of Advanced-ControlNet, which picks its hints itself, by `ad_params`
             extra = [_select_rows(x, ids) for x in control.extra_concat_orig]
             changed = {"cond_hint_original": _select_rows(control.cond_hint_original, ids), "extra_concat_orig": extra}
         before.append((control, {name: getattr(control, name) for name in changed}))
@@ -109,5 +108,6 @@ def _select_prepared(name: str, value: Any, ids: list[int], frames: int) -> Any:
 
 
 def _select_cond(cond: Any, ids: list[int]) -> Any:
-    """Of what core hands to the UNet: classes of which it takes one row for each frame; the others are for all frames."""
-    return cond._copy_with(_select_rows(cond.cond, ids)) if isinstance(cond, CONDRegular) else cond
+    """Of what core hands to the UNet: a tensor of which it takes one row for each frame; the rest is for all frames."""
+    cut = isinstance(cond, CONDRegular) and not isinstance(cond, CONDConstant) and isinstance(cond.cond, torch.Tensor)
+    return cond._copy_with(_select_rows(cond.cond, ids)) if cut else cond

@@ -1,6 +1,7 @@
 """Where a model's self-attention is: read from its blocks, for SD1.x, SD2.x and SDXL alike."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
@@ -58,6 +59,20 @@ def read_layout(model: ModelPatcher) -> Layout:
 def block_name(side: str, number: int, index: int) -> str:
     """The name of one self-attention: "input_4", or "input_4_1" for the second one of a deeper transformer."""
     return f"{side}_{number}" + (f"_{index}" if index else "")
+
+
+def block_of_call(options: Mapping[str, Any]) -> str:
+    """The name of the block that calls a patch, from its `extra_options`.
+
+    Raises:
+        ValueError: What core always tells is missing.
+    """
+    if any(options.get(name) is None for name in ("block", "sigmas", "n_heads")):
+        raise ValueError(
+            "self-attention was called without its block, noise level or number of heads. Another node on this model calls "
+            "it in a way of its own: take that node off."
+        )
+    return block_name(*options["block"][:2], options.get("block_index", 0))
 
 
 def block_scales(unet: torch.nn.Module) -> dict[tuple[str, int], int]:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from comfy.samplers import CFGGuider
 from einops import rearrange
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from ...stem.attention import all_frames, basis_context, first_previous, pool_to
 from ...stem.basis import Basis, BasisSettings, bases_at
 from ...stem.em import derive_seed, estimate_basis
 from .frames import frames_of_call
-from .layout import Layout, block_name
+from .layout import Layout, block_of_call
 from .record import RECORD
 
 PERCENT_RANGE = (0.0, 1.0)
@@ -113,14 +115,9 @@ class SelfAttentionPatch:
             raise ValueError(f"{self.owner}: {error}") from error
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
-        where, sigmas = extra_options.get("block"), extra_options.get("sigmas")
-        heads, precision = extra_options.get("n_heads"), extra_options.get("attn_precision")
-        if where is None or sigmas is None or heads is None:
-            raise ValueError(
-                "self-attention was called without its block, noise level or number of heads. Another node on this model calls "
-                "it in a way of its own: take that node off."
-            )
-        block, sigma = block_name(*where[:2], extra_options.get("block_index", 0)), float(sigmas[0])
+        block = block_of_call(extra_options)
+        heads, precision = extra_options["n_heads"], extra_options.get("attn_precision")
+        sigma = float(extra_options["sigmas"][0])
         if block not in self.heads and self.earlier is not None:
             return self.earlier._attend(q, k, v, extra_options)
 
@@ -195,6 +192,30 @@ def place_self_attention(model: ModelPatcher, layout: Layout, blocks: tuple[str,
     return model
 
 
+def guard_self_attention(model: ModelPatcher, patch: Callable, node: str) -> None:
+    """Refuses to sample where a later node has taken slots of a patch that does not act alone.
+
+    What replaces self-attention for a call of its own while a sampler runs (PAG) is left alone.
+
+    Args:
+        model: A clone, on which the patch has been placed.
+        patch: As `place_self_attention` placed it.
+        node: To name in the error.
+    """
+    slots = {key for key, placed in _placed(model).items() if placed is patch}
+
+    def outer_sample(executor: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        for key, other in _placed(executor.class_obj).items():
+            if key[:2] in slots and other is not patch:
+                raise ValueError(
+                    f"{node}: {_origin(other)} comes after it and replaces the self-attention of block {key[0]}_{key[1]}. "
+                    "Leave this block out of `blocks`, or take the other node off this model."
+                )
+        return executor(*args, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, f"{node} self-attention", outer_sample)
+
+
 def without_own_patches(model: ModelPatcher) -> ModelPatcher:
     """A clone of the model without what `patch_self_attention` placed on it."""
     model = model.clone()
@@ -204,8 +225,8 @@ def without_own_patches(model: ModelPatcher) -> ModelPatcher:
     return model
 
 
-def _placed(model: ModelPatcher) -> dict[tuple, object]:
-    """The self-attention replacements on a model by core's keys."""
+def _placed(model: ModelPatcher | CFGGuider) -> dict[tuple, object]:
+    """The self-attention replacements on a model, or on that of a run, by core's keys."""
     return model.model_options["transformer_options"].get("patches_replace", {}).get("attn1", {})
 
 
@@ -214,5 +235,7 @@ def _in_slot(block: str, slot: tuple[str, int]) -> bool:
 
 
 def _origin(patch: object) -> str:
+    if getattr(patch, "owner", ""):
+        return patch.owner
     kind = patch if hasattr(patch, "__qualname__") else type(patch)
     return f"{kind.__qualname__} of {kind.__module__}"

@@ -8,7 +8,7 @@ edited keyframes attend to one another); in the others it is looked up along the
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from comfy.ldm.modules.attention import optimized_attention
@@ -32,8 +32,11 @@ from ...stem.trajectory import Trajectory
 from .companion import KEY, SourceRun, add_companion
 from .conditioning import hints_of_frames, select_prepared
 from .frames import frames_of_call
-from .layout import Layout, block_name, block_scales
-from .self_attention import place_self_attention
+from .layout import Layout, block_of_call, block_scales
+from .self_attention import guard_self_attention, place_self_attention
+
+NODE = "STEMTokenFlow"
+"""To name in errors."""
 
 PASS = "stem_tokenflow_pass"
 """Key in `transformer_options`, where the patches find which pass they are in."""
@@ -94,7 +97,10 @@ def streams_of(options: dict, now: Pass) -> list[Stream]:
 
 
 def name_of(options: dict) -> str:
-    return block_name(*options["block"][:2], options.get("block_index", 0))
+    try:
+        return block_of_call(options)
+    except ValueError as error:
+        raise ValueError(f"{NODE}: {error}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +109,8 @@ class TokenFlowPatch:
 
     settings: TokenFlowSettings
     blocks: frozenset[str]
+    features: int = 0  # bytes that the keyframes' features take
+    owner: ClassVar[str] = NODE
 
     def before_attention(self, n: Tensor, context: Tensor, value: Tensor, extra_options: dict) -> tuple[Tensor, Tensor, Tensor]:
         """attn1_patch: keeps the source's tokens, or finds where they come from."""
@@ -169,27 +177,29 @@ class TokenFlowPatch:
         now = options.get(PASS)
         if now is None or not now.step.inject_conv or tuple(options["block"][:2]) != CONVOLUTION:
             return layer(x, emb)
-        skip = layer.skip_connection(x)
         if not now.of_source:
+            skip = layer.skip_connection(x)
             return skip + now.branch.to(skip).repeat(len(skip) // len(now.branch), 1, 1, 1)
-        out = layer(x, emb)
-        now.branch = out - skip
-        return out
+        hook = layer.out_layers[-1].register_forward_hook(lambda _module, _args, out: setattr(now, "branch", out))
+        try:
+            return layer(x, emb)
+        finally:
+            hook.remove()
 
-    def model_call(self, executor, model, conds, x_in, timestep, model_options):
+    def model_call(self, executor, model, conds, x_in, timestep, model_options, *args, **kwargs):
         """CALC_COND_BATCH wrapper: one model call of the sampler becomes the passes of one step."""
         options = model_options.get("transformer_options", {})
         run: SourceRun | None = options.get(KEY)
         if run is None or PASS in options:
-            return executor(model, conds, x_in, timestep, model_options)
+            return executor(model, conds, x_in, timestep, model_options, *args, **kwargs)
         if options.get("ad_params"):
             raise ValueError(
-                "STEMTokenFlow: it goes through the clip in groups of frames, and AnimateDiff's motion modules need all of "
+                f"{NODE}: it goes through the clip in groups of frames, and AnimateDiff's motion modules need all of "
                 "them at once. Take one of the two off this model."
             )
         if options.get("context_window") is not None:
             raise ValueError(
-                "STEMTokenFlow: it goes through the clip in groups of frames itself, and context windows would tear its "
+                f"{NODE}: it goes through the clip in groups of frames itself, and context windows would tear its "
                 "keyframes apart. Take the context windows off this model; memory grows with the keyframes alone."
             )
         sigma, frames = float(timestep[0]), len(x_in)
@@ -209,9 +219,9 @@ class TokenFlowPatch:
             for of_source, roles, latents in ((True, [run.prompt(sigma)], source), (False, conds, x)):
                 throw_exception_if_processing_interrupted()
                 now.of_source = of_source
-                with hints_of_frames(roles, ids, frames):
+                with hints_of_frames(roles, ids):
                     chosen = [select_prepared(role, ids, frames) for role in roles]
-                    out = executor(model, chosen, latents[ids], timestep[ids], told)
+                    out = executor(model, chosen, latents[ids], timestep[ids], told, *args, **kwargs)
             return out
 
         if self.settings.mode != "pnp_per_frame":
@@ -224,10 +234,12 @@ class TokenFlowPatch:
         return outs if clean is None else [run.keep(out, clean) for out in outs]
 
     def reserve(self, executor, model, noise_shape, *args, **kwargs):
-        """PREPARE_SAMPLING wrapper: memory for as many frames as a pass holds, not for the whole clip."""
+        """PREPARE_SAMPLING wrapper: memory for as many frames as a pass holds, and for the features of the keyframes."""
         groups = groups_of_frames(noise_shape[0], self.settings.keyframe_every)
         keyframes = 0 if self.settings.mode == "pnp_per_frame" else len(groups)
-        return executor(model, [max(keyframes, len(groups[0])), *noise_shape[1:]], *args, **kwargs)
+        one = model.model.memory_required([2, *noise_shape[1:]])  # core counts every frame twice
+        rows = max(keyframes, len(groups[0])) + math.ceil(self.features / one)
+        return executor(model, [rows, *noise_shape[1:]], *args, **kwargs)
 
     def _plan(self, trajectory: Trajectory, sigma: float, frames: int) -> tuple[Step, list[range]]:
         every = self.settings.keyframe_every
@@ -270,7 +282,7 @@ def _check_tokens(q: Tensor, k: Tensor, options: dict) -> None:
     try:
         frames_of_call(q, k, options)
     except ValueError as error:
-        raise ValueError(f"STEMTokenFlow: {error}") from error
+        raise ValueError(f"{NODE}: {error}") from error
 
 
 def patch_tokenflow(
@@ -281,23 +293,23 @@ def patch_tokenflow(
     Raises:
         ValueError: The trajectory is of another model, or another node's patch is in the way.
     """
-    patch = TokenFlowPatch(settings, frozenset(blocks))
     model = model.clone()
-    add_companion(model, layout, trajectory, "STEMTokenFlow")
+    add_companion(model, layout, trajectory, NODE)
+    frames, size = trajectory.latents.shape[1], trajectory.latents.shape[-2:]
+    keyframes = 0 if settings.mode == "pnp_per_frame" else len(groups_of_frames(frames, settings.keyframe_every))
+    itemsize = model.model.get_dtype_inference().itemsize
+    features = keyframe_memory(layout, block_scales(model.model.diffusion_model), blocks, keyframes, size, itemsize)
+    patch = TokenFlowPatch(settings, frozenset(blocks), features)
     model = place_self_attention(model, layout, blocks, patch)
+    guard_self_attention(model, patch, NODE)
     others = model.model_options["transformer_options"].get("patches", {}).get("forward_timestep_embed_patch", [])
     if any(issubclass(ResBlock, kind) for kind, _ in others):
         raise ValueError(
             "another node on this model already runs its residual blocks, where core has one place. Take that node off "
             "this model."
         )
-    if settings.mode != "pnp_per_frame":
-        frames, size = trajectory.latents.shape[1], trajectory.latents.shape[-2:]
-        groups = len(groups_of_frames(frames, settings.keyframe_every))
-        unet = model.model.diffusion_model
-        itemsize = model.model.get_dtype_inference().itemsize
-        total = keyframe_memory(layout, block_scales(unet), blocks, groups, size, itemsize)
-        logging.info(f"STEMTokenFlow: features of {groups} keyframes of {frames} frames take {total / 2**20:.0f} MiB.")
+    if keyframes:
+        logging.info(f"{NODE}: features of {keyframes} keyframes of {frames} frames take {features / 2**20:.0f} MiB.")
         model.set_model_attn1_patch(patch.before_attention)
         model.set_model_attn1_output_patch(patch.after_attention)
     model.set_model_patch((ResBlock, patch.residual_block), "forward_timestep_embed_patch")

@@ -14,6 +14,7 @@ STEPS, FRAMES, SIZE = 3, 4, 64
 SHORT = {  # inputs of a class of nodes that keep a test quick
     "STEMDemoClip": {"frames": FRAMES, "size": SIZE},
     "STEMBasisEstimate": {"keyframes": 3},
+    "STEMTokenFlow": {"keyframe_every": 2},
     "ImageFromBatch": {"length": FRAMES},
     "ImageScale": {"width": 2 * SIZE, "height": SIZE},
 }

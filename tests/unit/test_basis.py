@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stem.basis import Basis, BasisSettings, BlockLayout, ModelFingerprint, bases_at, check_basis
-from stem.trajectory import InversionSettings, Trajectory, latents_at, latents_between
+from stem.trajectory import InversionSettings, Trajectory, latents_between
 
 MODEL = ModelFingerprint("SD15", "eps", (BlockLayout("input_1", 2, 4), BlockLayout("middle_0", 2, 8)))
 SETTINGS = BasisSettings(num_bases=6, iterations=5, temperature=0.01, seed=0, frames_per_em=0)
@@ -73,17 +73,6 @@ def test_a_block_is_refused_that_the_basis_lacks_and_the_model_has(basis):
 def test_only_the_blocks_that_are_read_need_to_fit(basis):
     model = MODEL._replace(blocks=(MODEL.blocks[0], BlockLayout("middle_0", 4, 4)))
     check_basis(basis, model, ("input_1",))
-
-
-def test_latents_are_found_by_their_noise_level(trajectory):
-    assert latents_at(trajectory, 1.0).unique().item() == 1
-    assert latents_at(trajectory, torch.tensor(10.001)).unique().item() == 2
-
-
-@pytest.mark.parametrize("sigma", [0.0, 0.5, 1.01, 20.0])
-def test_latents_of_another_level_are_refused(trajectory, sigma):
-    with pytest.raises(ValueError, match=r"no latents at sigma .* \(2 steps\)"):
-        latents_at(trajectory, sigma)
 
 
 def test_memory_of_both_is_seen_by_a_cache_that_counts_lists_tuples_and_cpu_tensors(basis, trajectory):

@@ -180,7 +180,22 @@ def test_the_truth_is_the_best_edit_and_the_source_none(number):
 
 def test_averages_are_over_the_pairs_that_are_done():
     names = [*edit.REFERENCES, *(f"{method}, {editor}" for method in edit.METHODS for editor in edit.EDITORS)]
-    results = {"edits": {"pair 0": dict.fromkeys(names, ONE), "pair 1": dict.fromkeys(names[:-1], TWO)}}
+    row = dict.fromkeys(edit.MEASURES, 0.5)
+    results = {"edits": {"pair 0": dict.fromkeys(names, row), "pair 1": dict.fromkeys(names[:-1], row)}}
     edit.summarise(results)
     assert results["pairs"] == 1 and set(results["references"]) == set(edit.REFERENCES)
-    assert results["results"] == {method: dict.fromkeys(edit.EDITORS, ONE) for method in edit.METHODS}
+    counted = {**row, "success_colour": 0.5, "psnr_wins": 0, "flicker_wins": 0}
+    assert results["results"] == {method: dict.fromkeys(edit.EDITORS, counted) for method in edit.METHODS}
+
+
+def test_pairs_are_counted_one_by_one():
+    def row(success, psnr, flicker):
+        return {"success": success, "psnr": psnr, "flicker": flicker}
+
+    ddim = [row(1.0, 20.0, 0.02), row(0.0, 20.0, 0.02), row(1.0, 20.0, 0.02), row(0.0, 20.0, 0.02)]
+    stem = [row(1.0, 21.0, 0.03), row(0.0, 21.0, 0.01), row(0.0, 20.0, 0.02), row(0.0, 19.0, 0.01)]
+    edits = {f"pair {n}": {"ddim, plain": a, "stem, plain": b} for n, (a, b) in enumerate(zip(ddim, stem, strict=True))}
+    found = edit.count(edits, "stem", "plain")
+    assert found == {
+        "success_colour": 0.5, "success_shape": 0.0, "success_background": 0.0, "psnr_wins": 2, "flicker_wins": 2
+    }  # fmt: skip

@@ -8,6 +8,7 @@ it is; the other two are modes of STEMTokenFlow.
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ FIRST_SEED = 500_000  # of the scenes; those that were trained on begin at train
 CHANGES = ("colour", "shape", "background")  # in turn
 PAIRS, QUICK_PAIRS = 24, 3
 SHOWN = 0  # the pair on the contact sheet
-STEPS, QUICK_STEPS = 25, 10
+STEPS, QUICK_STEPS = 20, 10
 CFG = 7.5
 METHODS = ("ddim", "first_previous", "all_frames", "stem")
 EDITORS = ("plain", "pnp_per_frame", "tokenflow")
@@ -45,13 +46,21 @@ MEASURES = {
     "seconds": "of sampling the edit, the inversion not counted",
     "peak_mb": "growth of the process's resident memory (10^6 bytes) in that",
 }
+COUNTS = {
+    **{f"success_{change}": f"success among the pairs that change the {change}" for change in CHANGES},
+    "psnr_wins": "number of pairs whose psnr is higher than after ddim with the same editor",
+    "flicker_wins": "number of pairs whose flicker is lower than after ddim with the same editor",
+}
 COLUMNS = {
     "success": ("edit seen", ".0%"),
+    **{f"success_{change}": (change, ".0%") for change in CHANGES},
     "kept": ("rest kept", ".0%"),
     "psnr": ("PSNR (dB)", ".2f"),
+    "psnr_wins": ("better than ddim", "d"),
     "ssim": ("SSIM", ".3f"),
     "psnr_outside": ("outside (dB)", ".2f"),
     "flicker": ("flicker", ".4f"),
+    "flicker_wins": ("steadier than ddim", "d"),
     "seconds": ("seconds", ".1f"),
     "peak_mb": ("peak MB", ".0f"),
 }
@@ -86,8 +95,9 @@ def run(path: Path, quick: bool) -> None:
     for number in range(QUICK_PAIRS if quick else PAIRS):
         name = f"pair {number}"
         done = found.setdefault(name, {})
-        for reference in set(REFERENCES) - set(done):
-            done[reference] = compare(pair(number), REFERENCES[reference](demo, pair(number)))
+        for reference, made in REFERENCES.items():
+            if reference not in done:
+                done[reference] = compare(pair(number), made(demo, pair(number)))
         for method in METHODS:
             missing = [editor for editor in EDITORS if f"{method}, {editor}" not in done]
             if missing:
@@ -98,7 +108,8 @@ def run(path: Path, quick: bool) -> None:
         print(f"{name} done", file=sys.stderr, flush=True)
     if not (picture := path.with_suffix(".jpg")).exists():
         contact_sheet(shown(demo, settings["steps"])).save(picture, quality=90)
-    print(report.table(report.mean(complete(found)), COLUMNS, "inversion, editor"))
+    edited = {f"{method}, {e}": row for method, rows in results["results"].items() for e, row in rows.items()}
+    print(report.table({**results["references"], **edited}, COLUMNS, "inversion, editor"))
 
 
 REFERENCES = {  # what the measures say of clips that no editor made
@@ -114,15 +125,24 @@ def complete(edits: report.Clips) -> report.Clips:
 
 
 def summarise(results: dict[str, Any]) -> None:
-    """Puts the averages into a report."""
+    """Puts the averages and counts into a report, once the first pair is done."""
     edits = complete(results["edits"])
     rows = report.mean(edits)
-    results["pairs"] = len(edits)
+    results["pairs"], results["counts"] = len(edits), COUNTS
     results["references"] = {name: rows[name] for name in REFERENCES if name in rows}
     results["results"] = {
-        method: {e: rows[f"{method}, {e}"] for e in EDITORS if f"{method}, {e}" in rows}
-        for method in METHODS
-        if any(row.startswith(f"{method}, ") for row in rows)
+        method: {e: {**rows[f"{method}, {e}"], **count(edits, method, e)} for e in EDITORS} for method in METHODS if edits
+    }
+
+
+def count(edits: report.Clips, method: str, editor: str) -> report.Measures:
+    """What averages do not show: each kind of change by itself, and pair by pair whether the inversion is better than ddim."""
+    found = {int(name.split()[1]): (done[f"{method}, {editor}"], done[f"ddim, {editor}"]) for name, done in edits.items()}
+    seen = {change: [row["success"] for n, (row, _) in found.items() if pair(n).change == change] for change in CHANGES}
+    return {
+        **{f"success_{change}": fmean(each) for change, each in seen.items() if each},
+        "psnr_wins": sum(row["psnr"] > ddim["psnr"] for row, ddim in found.values()),
+        "flicker_wins": sum(row["flicker"] < ddim["flicker"] for row, ddim in found.values()),
     }
 
 

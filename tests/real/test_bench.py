@@ -1,0 +1,30 @@
+"""The benchmark of edits through the nodes and the demo model, small and short."""
+
+import pytest
+
+import nodes as core
+from stem.scenes import render
+from tools.bench import clips, edit
+
+
+@pytest.fixture
+def demo(pack, monkeypatch):
+    monkeypatch.setattr(edit, "FRAMES", 3)
+    monkeypatch.setattr(edit, "SIZE", 64)
+    return clips.Demo(pack, core, *pack.nodes.demo.STEMDemoModel.execute().result, "")
+
+
+def test_every_editor_gives_another_clip_of_the_same_size(demo):
+    asked = edit.pair(0)
+    found = {name: (images, measures) for name, images, measures in edit.edit(demo, asked, "ddim", edit.EDITORS, 2)}
+    assert list(found) == list(edit.EDITORS)
+    for images, measures in found.values():
+        assert images.shape == render(asked.source).images.shape == (3, 64, 64, 3)
+        assert measures.keys() == edit.MEASURES.keys()
+    assert len({round(measures["psnr"], 4) for _, measures in found.values()}) == len(edit.EDITORS)
+
+
+def test_references_are_measured_as_the_edits_are(demo):
+    asked = edit.pair(1)
+    truth, source = (edit.compare(asked, made(demo, asked)) for made in edit.REFERENCES.values())
+    assert truth["psnr"] > 25 > source["psnr"] and abs(truth["psnr_outside"] - source["psnr_outside"]) < 3
