@@ -20,7 +20,7 @@ from tools.server import Server
 
 FOLDER = places.ROOT / "workflows"
 OWN, CORE = "stem-video-inversion", "comfy-core"
-WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 NODE_WIDTH, GAP, MARGIN, TITLE = 330, 40, 20, 70  # pixels of the canvas
 ROW, LINES, PICTURE = 26, 90, 240  # height of a socket or widget, of a text field, of a preview
 NOTE_HEIGHT = 300
@@ -46,7 +46,8 @@ TEMPLATES = {
         "prompt that describes the edit (**3**). STEM TokenFlow edits a few keyframes together and lets all other frames "
         "follow the motion of the source.\n\n"
         "**Your own video:** put *Load Checkpoint* (SD1.5, SD2.x or SDXL) in place of *STEM Demo Model*, and *Load Video* with "
-        "*Get Video Components* in place of *STEM Demo Clip*; write its prompt into the text field of step 2.\n\n"
+        "*Get Video Components* in place of *STEM Demo Clip*; write its prompt into the text field of step 2, and "
+        "raise cfg from 3, which suits the demo model, to 7.5.\n\n"
         "**Nothing changes?** Lower *qk_until* and *conv_until*. **The shape is lost?** Raise them.",
     ),
 }
@@ -89,6 +90,7 @@ def workflow(template: Template, info: dict[str, dict], versions: dict[str, str]
             linked = isinstance(value, list)
             if is_widget(type_, options):
                 shown = default(type_, options) if linked or value is None else value
+                refuse_nested(name, key, options, shown)
                 made["widgets_values"] += widget_values(key, options, shown)
                 if not linked:
                     continue
@@ -146,6 +148,13 @@ def default(type_: Any, options: dict) -> Any:
     choices = type_ if isinstance(type_, list) else options.get("options", [])
     empty = {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False}.get(type_ if isinstance(type_, str) else "", None)
     return options.get("default", choices[0] if choices else empty)
+
+
+def refuse_nested(node: str, key: str, options: dict, value: Any) -> None:
+    """Some choices of a combo bring widgets of their own, which are not laid out here."""
+    for option in options.get("options", []):
+        if isinstance(option, dict) and option["key"] == value and any(option["inputs"].values()):
+            raise ValueError(f"{node}: {key} {value} has inputs of its own; choose another in the graph.")
 
 
 def widget_values(key: str, options: dict, value: Any) -> list:

@@ -25,6 +25,7 @@ def test_every_editor_gives_another_clip_of_the_same_size(demo):
 
 
 def test_references_are_measured_as_the_edits_are(demo):
-    asked = edit.pair(1)
+    asked = edit.pair(0)  # another colour
     truth, source = (edit.compare(asked, made(demo, asked)) for made in edit.REFERENCES.values())
-    assert truth["psnr"] > 25 > source["psnr"] and abs(truth["psnr_outside"] - source["psnr_outside"]) < 3
+    assert truth["psnr"] > source["psnr"] + 3, "the VAE gives the true edit back, and the source is another clip"
+    assert abs(truth["psnr_outside"] - source["psnr_outside"]) < 3, "where nothing was to change they are alike"
