@@ -40,7 +40,7 @@ def contact_sheet(clips: dict[str, Tensor], width: int = 2000) -> Image.Image:
     frames = len(next(iter(clips.values())))
     margin = round(max(_font().getlength(name) for name in clips)) + 2 * GAP
     columns = max(1, min(frames, (width - margin) // (frame_width + GAP)))
-    moments = torch.linspace(0, frames - 1, columns).round().int().tolist()
+    moments = _moments(frames, columns)
     size = (margin + columns * (frame_width + GAP), BAND + len(clips) * (frame_height + GAP))
     sheet = Image.new("RGB", size, PAPER)
     for column, moment in enumerate(moments):
@@ -56,7 +56,7 @@ def contact_sheet(clips: dict[str, Tensor], width: int = 2000) -> Image.Image:
 def thumbnail(clips: dict[str, Tensor], columns: int = 4) -> Image.Image:
     """A row of evenly spaced frames for each clip, without words."""
     width, height = _size(clips)
-    moments = torch.linspace(0, len(next(iter(clips.values()))) - 1, columns).round().int().tolist()
+    moments = _moments(len(next(iter(clips.values()))), columns)
     picture = Image.new("RGB", (columns * (width + GAP) - GAP, len(clips) * (height + GAP) - GAP), PAPER)
     for row, clip in enumerate(clips.values()):
         for column, moment in enumerate(moments):
@@ -74,6 +74,11 @@ def save_video(path: Path, pictures: Sequence[Image.Image], fps: float) -> None:
         for picture in pictures:
             container.mux(stream.encode(av.VideoFrame.from_image(picture)))
         container.mux(stream.encode())
+
+
+def _moments(frames: int, columns: int) -> list[int]:
+    """Numbers of evenly spaced frames, the first and the last among them."""
+    return torch.linspace(0, frames - 1, columns).round().int().tolist()
 
 
 def _size(clips: dict[str, Tensor]) -> tuple[int, int]:

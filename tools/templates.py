@@ -19,7 +19,7 @@ from tools.pictures import thumbnail
 from tools.server import Server
 
 FOLDER = places.ROOT / "workflows"
-OWN, CORE = "stem-video-inversion", "comfy-core"
+OWN, CORE = places.PACK, "comfy-core"
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 NODE_WIDTH, GAP, MARGIN, TITLE = 330, 40, 20, 70  # pixels of the canvas
 ROW, LINES, PICTURE = 26, 90, 240  # height of a socket or widget, of a text field, of a preview

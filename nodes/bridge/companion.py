@@ -79,12 +79,13 @@ class Companion:
         """Opens a `SourceRun`. Where the sampler adds noise of its own, it is given the source's instead."""
         guider = executor.class_obj
         options = guider.model_options.setdefault("transformer_options", {})
+        adds_noise = bool(noise.count_nonzero())
         try:
             self._check(guider, latent_image, sigmas, denoise_mask)
-            self._check_start(guider.model_patcher.model.process_latent_in(latent_image), sigmas, bool(noise.count_nonzero()))
+            self._check_start(guider.model_patcher.model.process_latent_in(latent_image), sigmas, adds_noise)
         except ValueError as error:
             raise ValueError(f"{self.node}: {error}") from error
-        if noise.count_nonzero():
+        if adds_noise:
             noise = noise_of_source(self.trajectory).to(noise)
             sigma = float(sigmas[0])
             if sigma > float(guider.model_patcher.get_model_object("model_sampling").sigma_max) * 0.99999:
@@ -152,7 +153,7 @@ class Companion:
                 "Differential Diffusion is on this model and changes the noise mask from step to step, where the source is "
                 "kept outside one mask. Take that node off this model."
             )
-        if any(cond.get("hooks") is not None for cond in self._source_conds()):
+        if any(options.get("hooks") is not None for _, options in self.trajectory.conditioning):
             raise ValueError("the clip was inverted with hooks on its prompt, which cannot be kept apart. Invert it without.")
 
     def _check_start(self, given: Tensor, sigmas: Tensor, adds_noise: bool) -> None:

@@ -61,6 +61,12 @@ def block_name(side: str, number: int, index: int) -> str:
     return f"{side}_{number}" + (f"_{index}" if index else "")
 
 
+def slot_of(block: str) -> tuple[str, int]:
+    """Core's key of the transformer that a block belongs to: ("input", 4) of "input_4_1"."""
+    side, number, *_ = block.split("_")
+    return side, int(number)
+
+
 def block_of_call(options: Mapping[str, Any]) -> str:
     """The name of the block that calls a patch, from its `extra_options`.
 

@@ -5,19 +5,18 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy.samplers import CFGGuider
-from einops import rearrange
 from torch import Tensor
 
 from ...stem.attention import all_frames, basis_context, first_previous, pool_tokens
 from ...stem.basis import Basis, BasisSettings, bases_at
 from ...stem.em import derive_seed, estimate_basis
+from .attend import attend
 from .frames import frames_of_call
-from .layout import Layout, block_of_call
+from .layout import Layout, block_of_call, slot_of
 from .record import RECORD
 
 PERCENT_RANGE = (0.0, 1.0)
@@ -116,29 +115,19 @@ class SelfAttentionPatch:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
         block = block_of_call(extra_options)
-        heads, precision = extra_options["n_heads"], extra_options.get("attn_precision")
         sigma = float(extra_options["sigmas"][0])
         if block not in self.heads and self.earlier is not None:
             return self.earlier._attend(q, k, v, extra_options)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=extra_options)
-
         if block not in self.heads or not self.end_sigma <= sigma <= self.start_sigma:
-            return attend(q, k, v)
+            return attend(q, k, v, extra_options)
         chunks, frames = frames_of_call(q, k, extra_options)
         uuids = extra_options.get("uuids") or [None] * chunks
         out = []
         for q_, k_, v_, uuid in zip(q.chunk(chunks), k.chunk(chunks), v.chunk(chunks), uuids, strict=True):
             start = 0
             for context in self.choice(k_, v_, Call(block, self.heads[block], sigma, frames, uuid, extra_options)):
-                queries = q_[start : start + context.frames]
+                out.append(attend(q_[start : start + context.frames], context.k, context.v, extra_options))
                 start += context.frames
-                if len(context.k) == len(queries):
-                    out.append(attend(queries, context.k, context.v))
-                else:  # one context for all: their queries are one long row, and nothing is copied
-                    row = attend(rearrange(queries, "f n c -> 1 (f n) c"), context.k, context.v)
-                    out.append(rearrange(row, "1 (f n) c -> f n c", f=len(queries)))
         return out[0] if len(out) == 1 else torch.cat(out)
 
 
@@ -177,7 +166,7 @@ def place_self_attention(model: ModelPatcher, layout: Layout, blocks: tuple[str,
     """
     model = model.clone()
     placed = _placed(model)
-    slots = [slot for slot in layout.slots if any(_in_slot(block, slot) for block in blocks)]
+    slots = [slot for slot in layout.slots if slot in map(slot_of, blocks)]
     for slot in slots:
         for key, other in placed.items():
             if key[:2] == slot and not (isinstance(other, SelfAttentionPatch) and isinstance(patch, SelfAttentionPatch)):
@@ -186,7 +175,7 @@ def place_self_attention(model: ModelPatcher, layout: Layout, blocks: tuple[str,
                     "one place for it. Leave this block out of `blocks`, or take the other node off this model."
                 )
     for slot in slots:
-        left = any(_in_slot(block.name, slot) and block.name not in blocks for block in layout.model.blocks)
+        left = any(slot_of(block.name) == slot and block.name not in blocks for block in layout.model.blocks)
         earlier = placed.get(slot) if left else None
         model.set_model_attn1_replace(patch if earlier is None else replace(patch, earlier=earlier), *slot)
     return model
@@ -228,10 +217,6 @@ def without_own_patches(model: ModelPatcher) -> ModelPatcher:
 def _placed(model: ModelPatcher | CFGGuider) -> dict[tuple, object]:
     """The self-attention replacements on a model, or on that of a run, by core's keys."""
     return model.model_options["transformer_options"].get("patches_replace", {}).get("attn1", {})
-
-
-def _in_slot(block: str, slot: tuple[str, int]) -> bool:
-    return block.split("_")[:2] == [slot[0], str(slot[1])]
 
 
 def _origin(patch: object) -> str:

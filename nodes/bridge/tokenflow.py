@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.model_patcher import ModelPatcher
@@ -29,10 +28,11 @@ from ...stem.tokenflow import (
     propagate,
 )
 from ...stem.trajectory import Trajectory
+from .attend import attend
 from .companion import KEY, SourceRun, add_companion
 from .conditioning import hints_of_frames, select_prepared
 from .frames import frames_of_call
-from .layout import Layout, block_of_call, block_scales
+from .layout import Layout, block_of_call, block_scales, slot_of
 from .self_attention import guard_self_attention, place_self_attention
 
 NODE = "STEMTokenFlow"
@@ -128,13 +128,8 @@ class TokenFlowPatch:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
         """attn1 replace."""
         now, block = extra_options.get(PASS), name_of(extra_options)
-        precision, heads = extra_options.get("attn_precision"), extra_options["n_heads"]
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=extra_options)
-
         if now is None or block not in self.blocks:
-            return attend(q, k, v)
+            return attend(q, k, v, extra_options)
         _check_tokens(q, k, extra_options)
         if now.group is not None and self.settings.mode != "pnp_per_frame":
             return torch.zeros_like(q)  # `after_attention` has the answer
@@ -142,17 +137,15 @@ class TokenFlowPatch:
         if now.of_source:
             if injected:
                 now.queries[block] = q, k
-            return attend(q, k, v)
+            return attend(q, k, v, extra_options)
         out = []
         streams = len(streams_of(extra_options, now))
         for q_, k_, v_ in zip(q.chunk(streams), k.chunk(streams), v.chunk(streams), strict=True):
             if injected:
                 q_, k_ = (x.to(q_) for x in now.queries[block])
-            if self.settings.mode == "pnp_per_frame":
-                out.append(attend(q_, k_, v_))
-            else:
-                row = attend(q_.flatten(0, 1)[None], extended_context(k_), extended_context(v_))
-                out.append(row.unflatten(1, q_.shape[:2])[0])
+            if self.settings.mode != "pnp_per_frame":
+                k_, v_ = extended_context(k_), extended_context(v_)
+            out.append(attend(q_, k_, v_, extra_options))
         return torch.cat(out)
 
     def after_attention(self, n: Tensor, extra_options: dict) -> Tensor:
@@ -271,9 +264,9 @@ def keyframe_memory(layout: Layout, scales: dict, blocks: tuple[str, ...], frame
     numbers = 0
     for block in layout.model.blocks:
         if block.name in blocks:
-            side, number = block.name.split("_")[:2]
-            tokens = math.prod(-(-edge // scales[side, int(number)]) for edge in size)
-            copies = 6 if (side, int(number)) in INJECTED else 4
+            slot = slot_of(block.name)
+            tokens = math.prod(-(-edge // scales[slot]) for edge in size)
+            copies = 6 if slot in INJECTED else 4
             numbers += copies * tokens * block.heads * block.head_dim
     return frames * numbers * itemsize
 

@@ -46,6 +46,16 @@ class Demo(NamedTuple):
     def decode(self, latents: dict) -> Tensor:
         return self.core.VAEDecode().decode(self.vae, latents)[0]
 
+    def sample(self, model: Any, noise: dict, sigmas: Tensor, positive: list, negative: list, cfg: float) -> dict:
+        """Latents that core's DDIM finds from inverted noise, with the model as it is given."""
+        import comfy.samplers
+        from comfy_extras.nodes_custom_sampler import SamplerCustom
+
+        return SamplerCustom.execute(
+            model=model, add_noise=False, noise_seed=0, cfg=cfg, positive=positive, negative=negative,
+            sampler=comfy.samplers.sampler_object("ddim"), sigmas=sigmas, latent_image=noise,
+        ).result[0]  # fmt: skip
+
 
 @cache  # the bases bench inverts a clip many times, and the flow of a real one takes long to estimate
 def load_clip(name: str) -> Clip:

@@ -7,6 +7,7 @@ it is; the other two are modes of STEMTokenFlow.
 
 import sys
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -66,6 +67,9 @@ COLUMNS = {
 }
 
 
+rendered = lru_cache(maxsize=2)(render)  # the two clips of a pair are looked at after every edit
+
+
 class Pair(NamedTuple):
     """A scene, and the same scene with one thing changed."""
 
@@ -113,8 +117,8 @@ def run(path: Path, quick: bool) -> None:
 
 
 REFERENCES = {  # what the measures say of clips that no editor made
-    "truth, through the VAE": lambda demo, asked: demo.decode(demo.encode(render(asked.target).images)),
-    "source, through the VAE": lambda demo, asked: demo.decode(demo.encode(render(asked.source).images)),
+    "truth, through the VAE": lambda demo, asked: demo.decode(demo.encode(rendered(asked.target).images)),
+    "source, through the VAE": lambda demo, asked: demo.decode(demo.encode(rendered(asked.source).images)),
 }
 
 
@@ -150,7 +154,7 @@ def edit(
     demo: Demo, asked: Pair, method: str, editors: Sequence[str], steps: int
 ) -> Iterator[tuple[str, Tensor, report.Measures]]:
     """Inverts the source once and edits it with each of the editors; yields its name, the clip and the measures."""
-    source = render(asked.source)
+    source = rendered(asked.source)
     positive, negative = demo.text(caption(asked.target)), demo.text(NEGATIVE)
     noise, sigmas, trajectory, _ = demo.pack.nodes.invert.STEMInvertLatents.execute(
         model=demo.model,
@@ -168,7 +172,7 @@ def edit(
                 model=model, trajectory=trajectory, mode=mode, **TOKENFLOW
             ).result[0]
         with Cost() as cost:
-            latents = sample(model, noise, sigmas, positive, negative)
+            latents = demo.sample(model, noise, sigmas, positive, negative, CFG)
         images = demo.decode(latents)
         yield editor, images, {**compare(asked, images), "seconds": cost.seconds, "peak_mb": cost.peak_mb}
 
@@ -176,7 +180,7 @@ def edit(
 def shown(demo: Demo, steps: int) -> dict[str, Tensor]:
     """One pair for the contact sheet: the source, the true edit, and what the editors make of two inversions."""
     asked = pair(SHOWN)
-    clips = {"source": render(asked.source).images, "true edit": render(asked.target).images}
+    clips = {"source": rendered(asked.source).images, "true edit": rendered(asked.target).images}
     for method in ("ddim", "stem"):
         clips |= {f"{method}, {editor}": images for editor, images, _ in edit(demo, asked, method, EDITORS, steps)}
     return clips
@@ -184,7 +188,7 @@ def shown(demo: Demo, steps: int) -> dict[str, Tensor]:
 
 def compare(asked: Pair, images: Tensor) -> report.Measures:
     """A clip (f, height, width, 3) beside the true edit."""
-    source, truth = render(asked.source), render(asked.target)
+    source, truth = rendered(asked.source), rendered(asked.target)
     changed = {
         "colour": source.mask,
         "shape": torch.maximum(source.mask, truth.mask),
@@ -200,13 +204,3 @@ def compare(asked: Pair, images: Tensor) -> report.Measures:
         "psnr_outside": psnr(images, source.images, (changed == 0).float()),
         "flicker": flicker(images, truth.flow, truth.visible),
     }
-
-
-def sample(model: Any, noise: dict, sigmas: Tensor, positive: list, negative: list) -> dict:
-    import comfy.samplers
-    from comfy_extras.nodes_custom_sampler import SamplerCustom
-
-    return SamplerCustom.execute(
-        model=model, add_noise=False, noise_seed=0, cfg=CFG, positive=positive, negative=negative,
-        sampler=comfy.samplers.sampler_object("ddim"), sigmas=sigmas, latent_image=noise,
-    ).result[0]  # fmt: skip

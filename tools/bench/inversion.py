@@ -152,24 +152,12 @@ def attention_back(demo: Demo, name: str, trajectory: Any, basis: Any) -> Any:
 
 def sample(demo: Demo, choice: Any, noise: dict, sigmas: Tensor, positive: list) -> dict:
     """Latents that DDIM finds from the inverted noise."""
-    import comfy.samplers
-    from comfy_extras.nodes_custom_sampler import SamplerCustom
-
-    bridge = demo.pack.nodes.bridge
-    layout = bridge.layout.read_layout(demo.model)
-    blocks = bridge.layout.choose_blocks(layout, "all")
-    patch = bridge.self_attention.patch_self_attention
-    return SamplerCustom.execute(
-        model=demo.model if choice is None else patch(demo.model, layout, blocks, choice),
-        add_noise=False,
-        noise_seed=0,
-        cfg=1.0,
-        positive=positive,
-        negative=positive,  # not looked at with cfg 1
-        sampler=comfy.samplers.sampler_object("ddim"),
-        sigmas=sigmas,
-        latent_image=noise,
-    ).result[0]
+    model, bridge = demo.model, demo.pack.nodes.bridge
+    if choice is not None:
+        layout = bridge.layout.read_layout(model)
+        blocks = bridge.layout.choose_blocks(layout, "all")
+        model = bridge.self_attention.patch_self_attention(model, layout, blocks, choice)
+    return demo.sample(model, noise, sigmas, positive, positive, cfg=1.0)  # the negative is not looked at with cfg 1
 
 
 def compare(images: Tensor, kept: Tensor, source: Clip) -> report.Measures:
