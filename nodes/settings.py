@@ -77,14 +77,14 @@ def temperature_input() -> io.Float.Input:
     )
 
 
-def blocks_input() -> io.String.Input:
-    return io.String.Input(
-        "blocks",
-        default="all",
-        advanced=True,
-        tooltip='Self-attention blocks to act on: "all", or names separated by commas, such as "output" or "input_4, '
-        'output_4-8"; on SDXL "input_7_0" is the first of several in a block.',
-    )
+BLOCKS = (
+    'Self-attention blocks to act on: "all", or names separated by commas, such as "output" or "input_4, output_4-8"; on SDXL '
+    '"input_7_0" is the first of several in a block.'
+)
+
+
+def blocks_input(default: str = "all", tooltip: str = BLOCKS) -> io.String.Input:
+    return io.String.Input("blocks", default=default, advanced=True, tooltip=tooltip)
 
 
 def frames_per_em_input() -> io.Int.Input:

@@ -50,6 +50,23 @@ TEMPLATES = {
         "raise cfg from 3, which suits the demo model, to 7.5.\n\n"
         "**Nothing changes?** Lower *qk_until* and *conv_until*. **The shape is lost?** Raise them.",
     ),
+    "FateZero edit": Template(
+        "fatezero",
+        {
+            "1. Clip and model": [["demo", "clip", "source"]],
+            "2. Inversion": [["encode", "positive", "invert"]],
+            "3. Edit by prompt": [["fatezero"], ["edited", "negative", "euler", "sample"]],
+            "4. Result": [["decode", "edit"], ["video", "save"]],
+        },
+        "## FateZero edit\n\nThe clip is inverted with the prompt that describes it (**2**). STEM FateZero takes that "
+        "prompt and the one of the edit, and keeps the source's attention for all words that did not change (**3**). The "
+        "sampler needs the same target prompt. With a real checkpoint *blend_words* can keep the edit where a word is, and "
+        "*mask* shows what it found.\n\n**Your own video:** put *Load "
+        "Checkpoint* (SD1.5, SD2.x or SDXL) in place of *STEM Demo Model*, and *Load Video* with *Get Video Components* "
+        "in place of *STEM Demo Clip*; write its prompt into step 2 and into *source_prompt*, and raise cfg from 3, which "
+        "suits the demo model, to 7.5.\n\n**Nothing changes?** "
+        "Lower *self_until* and *cross_until*, or lower *blend_threshold*. **Too much changes?** Raise them.",
+    ),
 }
 
 

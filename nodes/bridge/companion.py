@@ -5,7 +5,10 @@ Nothing of it is a hidden part of the sampler's batch.
 """
 
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import comfy.sampler_helpers
 import comfy.samplers
@@ -16,13 +19,39 @@ from torch import Tensor
 
 from ...stem.ddim import to_ddim
 from ...stem.trajectory import Trajectory, check_trajectory, latents_between
-from .layout import Layout
+from .layout import Layout, block_of_call
 
 KEY = "stem_source"
 """Of the wrappers, of the run in `transformer_options`, and of the source's prompt among those of a guider."""
 
 REGIONS = ("area", "mask", "mask_strength", "set_area_to_bounds", "strength")
 """Options of a conditioning that say where and how much it acts."""
+
+
+class Stream(NamedTuple):
+    """One conditioning in a call: its place among the guider's, and its uuid."""
+
+    role: int
+    uuid: object
+
+
+SOURCE = Stream(-1, None)
+
+
+def streams_of(options: dict, of_source: bool) -> list[Stream]:
+    """The conditionings that share a call, in the order of its rows."""
+    if of_source:
+        return [SOURCE]
+    roles = options.get("cond_or_uncond") or [0]
+    return [Stream(*pair) for pair in zip(roles, options.get("uuids") or [None] * len(roles), strict=True)]
+
+
+def name_of(options: dict, node: str) -> str:
+    """Of the block that a patch of a node is called in."""
+    try:
+        return block_of_call(options)
+    except ValueError as error:
+        raise ValueError(f"{node}: {error}") from error
 
 
 @dataclass(eq=False)
@@ -33,6 +62,8 @@ class SourceRun:
     node: str  # to name in an error
     mask: Tensor | None  # 1 where the clip is to be edited
     conds: list[dict] = field(default_factory=list)
+    edits: list[dict] = field(default_factory=list)  # the sampler's own prompts, but negative ones
+    kept: object = None  # what an editor keeps from one model call to the next
 
     def latents(self, sigma: float, like: Tensor) -> Tensor:
         """(f, c, height, width) of the source at a noise level, in the model's scale."""
@@ -47,7 +78,7 @@ class SourceRun:
         Raises:
             ValueError: None acts there.
         """
-        active = _active(self.conds, sigma)
+        active = acting(self.conds, sigma)
         if not active:
             raise ValueError(
                 f"{self.node}: the prompt that the clip was inverted with does not act at sigma {sigma:.4g}. Sample on the "
@@ -64,7 +95,8 @@ class SourceRun:
         return clean_source(self.trajectory).to(like)
 
 
-def _active(conds: list[dict], sigma: float) -> list[dict]:
+def acting(conds: list[dict], sigma: float) -> list[dict]:
+    """Those of prepared conditionings that act at a noise level."""
     return [c for c in conds if c.get("timestep_end", 0) <= sigma <= c.get("timestep_start", float("inf"))]
 
 
@@ -117,8 +149,9 @@ class Companion:
             guider.inner_model, noise, source, noise.device, latent_image, None, extra_args.get("seed")
         )
         run.conds = prepared["positive"]
-        if any(len(_active(run.conds, sigma)) > 1 for sigma in sigmas[:-1].tolist()):
+        if any(len(acting(run.conds, sigma)) > 1 for sigma in sigmas[:-1].tolist()):
             logging.warning(f"{self.node}: of several prompts that the clip was inverted with, the first leads, everywhere.")
+        run.edits = [cond for role, conds in guider.conds.items() if role != KEY and "negative" not in role for cond in conds]
         if run.mask is not None:
             run.mask = run.mask.to(noise)
         return executor(guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
@@ -186,6 +219,19 @@ class Companion:
                 f"the latents have noise of sigma {high:.4g}, the sampler starts at {sigma:.4g}. Start at the first of the "
                 "SIGMAS, or connect the clip's own latents and switch add_noise on."
             )
+
+
+def noise_shape_with_room(model: ModelPatcher, noise_shape: Sequence[int], frames: int, kept: int) -> list[int]:
+    """What to tell core's estimate of memory.
+
+    Args:
+        model: What is about to be loaded.
+        noise_shape: Of the clip.
+        frames: How many go through the UNet at once.
+        kept: Bytes that an editor keeps beside them.
+    """
+    one = model.model.memory_required([2, *noise_shape[1:]])  # core counts every frame twice
+    return [frames + math.ceil(kept / one), *noise_shape[1:]]
 
 
 def clean_source(trajectory: Trajectory) -> Tensor:

@@ -94,9 +94,7 @@ def invert(
     sampling = model.get_model_object("model_sampling")
     levels = noise_levels(sampling.sigmas.cpu().float(), steps)
     _refuse_gaps(positive, levels[1:], sampling)
-    model = without_own_patches(model)
-    for name in GUIDANCE:
-        model.model_options.pop(name, None)
+    model = without_guidance(without_own_patches(model))
     if choice is not None:
         model = patch_self_attention(model, layout, blocks, choice)
     guider = comfy.samplers.CFGGuider(model)
@@ -120,6 +118,14 @@ def invert(
         Trajectory(path, levels, positive, settings, layout.model),
         record,
     )
+
+
+def without_guidance(model: ModelPatcher) -> ModelPatcher:
+    """A clone of the model without what changes its prediction."""
+    model = model.clone()
+    for name in GUIDANCE:
+        model.model_options.pop(name, None)
+    return model
 
 
 def climb(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable: bool, path: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Where a model's self-attention is: read from its blocks, for SD1.x, SD2.x and SDXL alike."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +65,12 @@ def slot_of(block: str) -> tuple[str, int]:
     """Core's key of the transformer that a block belongs to: ("input", 4) of "input_4_1"."""
     side, number, *_ = block.split("_")
     return side, int(number)
+
+
+def activation_size(latents: Sequence[int], scale: int) -> tuple[int, int]:
+    """Height and width of activations that are so many times smaller than the latents (height, width)."""
+    height, width = (-(-edge // scale) for edge in latents)
+    return height, width
 
 
 def block_of_call(options: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from .layout import Layout, block_of_call, slot_of
 from .record import RECORD
 
 PERCENT_RANGE = (0.0, 1.0)
+KINDS = {"attn1": "self-attention", "attn2": "cross-attention"}  # core's names
 
 
 class Call(NamedTuple):
@@ -158,8 +159,18 @@ def patch_self_attention(
     return place_self_attention(model, layout, blocks, SelfAttentionPatch(choice, heads, start, end, owner))
 
 
-def place_self_attention(model: ModelPatcher, layout: Layout, blocks: tuple[str, ...], patch: Callable) -> ModelPatcher:
+def place_self_attention(
+    model: ModelPatcher,
+    layout: Layout,
+    blocks: tuple[str, ...],
+    patch: Callable,
+    remedy: str = "Leave this block out of `blocks`",
+) -> ModelPatcher:
     """A clone of the model with one patch in the slots of some blocks.
+
+    Args:
+        model, layout, blocks, patch: As for `patch_self_attention`.
+        remedy: What to do where another patch sits on a block, beside taking it off.
 
     Raises:
         ValueError: Another patch sits on one of them; a `SelfAttentionPatch` may take the place of another one.
@@ -172,7 +183,7 @@ def place_self_attention(model: ModelPatcher, layout: Layout, blocks: tuple[str,
             if key[:2] == slot and not (isinstance(other, SelfAttentionPatch) and isinstance(patch, SelfAttentionPatch)):
                 raise ValueError(
                     f"the self-attention of block {slot[0]}_{slot[1]} is already replaced by {_origin(other)}, and ComfyUI has "
-                    "one place for it. Leave this block out of `blocks`, or take the other node off this model."
+                    f"one place for it. {remedy}, or take the other node off this model."
                 )
     for slot in slots:
         left = any(slot_of(block.name) == slot and block.name not in blocks for block in layout.model.blocks)
@@ -181,28 +192,51 @@ def place_self_attention(model: ModelPatcher, layout: Layout, blocks: tuple[str,
     return model
 
 
-def guard_self_attention(model: ModelPatcher, patch: Callable, node: str) -> None:
-    """Refuses to sample where a later node has taken slots of a patch that does not act alone.
+def place_cross_attention(model: ModelPatcher, blocks: Iterable[str], patch: Callable, remedy: str) -> None:
+    """Puts one patch into the cross-attention of some blocks of a model that has been cloned already.
 
-    What replaces self-attention for a call of its own while a sampler runs (PAG) is left alone.
+    Raises:
+        ValueError: Another patch sits on one of them; says the remedy.
+    """
+    placed = _placed(model, "attn2")
+    for slot in sorted({slot_of(block) for block in blocks}):
+        for key, other in placed.items():
+            if key[:2] == slot:
+                raise ValueError(
+                    f"the cross-attention of block {slot[0]}_{slot[1]} is already replaced by {_origin(other)}, and ComfyUI "
+                    f"has one place for it. {remedy}, or take the other node off this model."
+                )
+        model.set_model_attn2_replace(patch, *slot)
+
+
+def guard_attention(model: ModelPatcher, patches: Iterable[Callable], node: str) -> None:
+    """Refuses to sample where a later node has taken slots of patches that do not act alone.
+
+    What replaces attention for a call of its own while a sampler runs (PAG) is left alone.
 
     Args:
-        model: A clone, on which the patch has been placed.
-        patch: As `place_self_attention` placed it.
+        model: A clone, on which the patches have been placed.
+        patches: In slots of self-attention or cross-attention.
         node: To name in the error.
     """
-    slots = {key for key, placed in _placed(model).items() if placed is patch}
+    slots = {
+        (kind, slot): patch
+        for kind in KINDS
+        for slot, patch in _placed(model, kind).items()
+        if any(patch is ours for ours in patches)
+    }
 
     def outer_sample(executor: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        for key, other in _placed(executor.class_obj).items():
-            if key[:2] in slots and other is not patch:
-                raise ValueError(
-                    f"{node}: {_origin(other)} comes after it and replaces the self-attention of block {key[0]}_{key[1]}. "
-                    "Leave this block out of `blocks`, or take the other node off this model."
-                )
+        for kind, name in KINDS.items():
+            for key, other in _placed(executor.class_obj, kind).items():
+                if slots.get((kind, key[:2]), other) is not other:
+                    raise ValueError(
+                        f"{node}: {_origin(other)} comes after it and replaces the {name} of block {key[0]}_{key[1]}. "
+                        f"Put that node before {node} and see whether the two go together, or take it off this model."
+                    )
         return executor(*args, **kwargs)
 
-    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, f"{node} self-attention", outer_sample)
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, f"{node} attention", outer_sample)
 
 
 def without_own_patches(model: ModelPatcher) -> ModelPatcher:
@@ -214,9 +248,9 @@ def without_own_patches(model: ModelPatcher) -> ModelPatcher:
     return model
 
 
-def _placed(model: ModelPatcher | CFGGuider) -> dict[tuple, object]:
-    """The self-attention replacements on a model, or on that of a run, by core's keys."""
-    return model.model_options["transformer_options"].get("patches_replace", {}).get("attn1", {})
+def _placed(model: ModelPatcher | CFGGuider, kind: str = "attn1") -> dict[tuple, object]:
+    """The attention replacements on a model, or on that of a run, by core's keys."""
+    return model.model_options["transformer_options"].get("patches_replace", {}).get(kind, {})
 
 
 def _origin(patch: object) -> str:

@@ -29,11 +29,11 @@ from ...stem.tokenflow import (
 )
 from ...stem.trajectory import Trajectory
 from .attend import attend
-from .companion import KEY, SourceRun, add_companion
+from .companion import KEY, SourceRun, Stream, add_companion, name_of, noise_shape_with_room, streams_of
 from .conditioning import hints_of_frames, select_prepared
 from .frames import frames_of_call
-from .layout import Layout, block_of_call, block_scales, slot_of
-from .self_attention import guard_self_attention, place_self_attention
+from .layout import Layout, activation_size, block_scales, slot_of
+from .self_attention import guard_attention, place_self_attention
 
 NODE = "STEMTokenFlow"
 """To name in errors."""
@@ -53,16 +53,6 @@ class TokenFlowSettings(NamedTuple):
     seed: int
     blend: str  # "official" or "distance"
     keyframes: str  # "random" or "fixed"
-
-
-class Stream(NamedTuple):
-    """One conditioning in a call: its place among the guider's, and its uuid."""
-
-    role: int
-    uuid: object
-
-
-SOURCE = Stream(-1, None)
 
 
 @dataclass(eq=False)
@@ -89,20 +79,6 @@ class Pass:
     branch: Tensor | None = None  # the source's residual convolutions
 
 
-def streams_of(options: dict, now: Pass) -> list[Stream]:
-    if now.of_source:
-        return [SOURCE]
-    roles = options.get("cond_or_uncond") or [0]
-    return [Stream(*pair) for pair in zip(roles, options.get("uuids") or [None] * len(roles), strict=True)]
-
-
-def name_of(options: dict) -> str:
-    try:
-        return block_of_call(options)
-    except ValueError as error:
-        raise ValueError(f"{NODE}: {error}") from error
-
-
 @dataclass(frozen=True, eq=False)
 class TokenFlowPatch:
     """The object in core's slots; it never changes."""
@@ -114,7 +90,7 @@ class TokenFlowPatch:
 
     def before_attention(self, n: Tensor, context: Tensor, value: Tensor, extra_options: dict) -> tuple[Tensor, Tensor, Tensor]:
         """attn1_patch: keeps the source's tokens, or finds where they come from."""
-        now, block = extra_options.get(PASS), name_of(extra_options)
+        now, block = extra_options.get(PASS), name_of(extra_options, NODE)
         if now is not None and now.of_source and block in self.blocks:
             _check_tokens(n, n, extra_options)
             if now.group is None:
@@ -127,7 +103,7 @@ class TokenFlowPatch:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
         """attn1 replace."""
-        now, block = extra_options.get(PASS), name_of(extra_options)
+        now, block = extra_options.get(PASS), name_of(extra_options, NODE)
         if now is None or block not in self.blocks:
             return attend(q, k, v, extra_options)
         _check_tokens(q, k, extra_options)
@@ -139,7 +115,7 @@ class TokenFlowPatch:
                 now.queries[block] = q, k
             return attend(q, k, v, extra_options)
         out = []
-        streams = len(streams_of(extra_options, now))
+        streams = len(streams_of(extra_options, now.of_source))
         for q_, k_, v_ in zip(q.chunk(streams), k.chunk(streams), v.chunk(streams), strict=True):
             if injected:
                 q_, k_ = (x.to(q_) for x in now.queries[block])
@@ -150,10 +126,10 @@ class TokenFlowPatch:
 
     def after_attention(self, n: Tensor, extra_options: dict) -> Tensor:
         """attn1_output_patch: keeps the attention of keyframes, or puts together that of other frames from it."""
-        now, block = extra_options.get(PASS), name_of(extra_options)
+        now, block = extra_options.get(PASS), name_of(extra_options, NODE)
         if now is None or block not in self.blocks:
             return n
-        streams = streams_of(extra_options, now)
+        streams = streams_of(extra_options, now.of_source)
         if now.group is None:
             for stream, part in zip(streams, n.chunk(len(streams)), strict=True):
                 now.step.outputs[block, stream] = part
@@ -209,7 +185,10 @@ class TokenFlowPatch:
             # Told as AnimateDiff tells it, which is what other packs read.
             told_frames = {"sub_idxs": ids, "full_length": frames, "context_length": len(ids)}
             told = {**model_options, "transformer_options": {**options, PASS: now, "ad_params": told_frames}}
-            for of_source, roles, latents in ((True, [run.prompt(sigma)], source), (False, conds, x)):
+            passes = [(False, conds, x)]
+            if step.inject_qk or step.inject_conv or self.settings.mode != "pnp_per_frame":
+                passes.insert(0, (True, [run.prompt(sigma)], source))
+            for of_source, roles, latents in passes:
                 throw_exception_if_processing_interrupted()
                 now.of_source = of_source
                 with hints_of_frames(roles, ids):
@@ -230,9 +209,8 @@ class TokenFlowPatch:
         """PREPARE_SAMPLING wrapper: memory for as many frames as a pass holds, and for the features of the keyframes."""
         groups = groups_of_frames(noise_shape[0], self.settings.keyframe_every)
         keyframes = 0 if self.settings.mode == "pnp_per_frame" else len(groups)
-        one = model.model.memory_required([2, *noise_shape[1:]])  # core counts every frame twice
-        rows = max(keyframes, len(groups[0])) + math.ceil(self.features / one)
-        return executor(model, [rows, *noise_shape[1:]], *args, **kwargs)
+        room = noise_shape_with_room(model, noise_shape, max(keyframes, len(groups[0])), self.features)
+        return executor(model, room, *args, **kwargs)
 
     def _plan(self, trajectory: Trajectory, sigma: float, frames: int) -> tuple[Step, list[range]]:
         every = self.settings.keyframe_every
@@ -265,7 +243,7 @@ def keyframe_memory(layout: Layout, scales: dict, blocks: tuple[str, ...], frame
     for block in layout.model.blocks:
         if block.name in blocks:
             slot = slot_of(block.name)
-            tokens = math.prod(-(-edge // scales[slot]) for edge in size)
+            tokens = math.prod(activation_size(size, scales[slot]))
             copies = 6 if slot in INJECTED else 4
             numbers += copies * tokens * block.heads * block.head_dim
     return frames * numbers * itemsize
@@ -294,7 +272,7 @@ def patch_tokenflow(
     features = keyframe_memory(layout, block_scales(model.model.diffusion_model), blocks, keyframes, size, itemsize)
     patch = TokenFlowPatch(settings, frozenset(blocks), features)
     model = place_self_attention(model, layout, blocks, patch)
-    guard_self_attention(model, patch, NODE)
+    guard_attention(model, [patch], NODE)
     others = model.model_options["transformer_options"].get("patches", {}).get("forward_timestep_embed_patch", [])
     if any(issubclass(ResBlock, kind) for kind, _ in others):
         raise ValueError(

@@ -31,6 +31,14 @@ CONTRACT = {
         ],
         ["MODEL"],
     ),
+    "STEMFateZero": (
+        [
+            "model", "trajectory", "clip", "source_prompt", "target_prompt", "cross_until", "self_until", "attention",
+            "reweight", "blend_words", "blend_threshold", "blend_latents", "context", "min_channels", "joint_norm", "blocks",
+            "blend_timing",
+        ],
+        ["MODEL", "MASK"],
+    ),
 }  # fmt: skip
 DEFAULTS = {
     "steps": 50, "num_bases": 256, "em_iterations": 5, "keyframes": 16, "seed": 0, "temperature": 0.01, "method": "stem",
@@ -38,8 +46,14 @@ DEFAULTS = {
     "blocks": "all", "colour": "random", "shape": "random", "background": "random",
     "mode": "pnp", "keyframe_every": 8, "qk_until": 0.5, "conv_until": 0.8, "blend": "official",
     ("STEMTokenFlow", "keyframes"): "random",
+    "source_prompt": "", "target_prompt": "", "cross_until": 0.8, "self_until": 0.8, "attention": "refine", "reweight": "",
+    "blend_words": "", "blend_threshold": 0.3, "blend_latents": False, "context": "mid", "min_channels": 640,
+    "joint_norm": False, ("STEMFateZero", "blocks"): "input_4-8, middle, output_0-8", "blend_timing": "official",
 }  # fmt: skip
-ADVANCED = {"temperature", "blocks", "frames_per_em", "blend", ("STEMTokenFlow", "keyframes")}
+ADVANCED = {
+    "temperature", "blocks", "frames_per_em", "blend", ("STEMTokenFlow", "keyframes"), "context", "min_channels",
+    "joint_norm", "blend_timing",
+}  # fmt: skip
 
 
 def nodes_of(pack):

@@ -179,13 +179,13 @@ def test_the_truth_is_the_best_edit_and_the_source_none(number):
 
 
 def test_averages_are_over_the_pairs_that_are_done():
-    names = [*edit.REFERENCES, *(f"{method}, {editor}" for method in edit.METHODS for editor in edit.EDITORS)]
+    names = [*edit.REFERENCES, *(f"{method}, {editor}" for method, editors in edit.RUNS.items() for editor in editors)]
     row = dict.fromkeys(edit.MEASURES, 0.5)
     results = {"edits": {"pair 0": dict.fromkeys(names, row), "pair 1": dict.fromkeys(names[:-1], row)}}
     edit.summarise(results)
     assert results["pairs"] == 1 and set(results["references"]) == set(edit.REFERENCES)
     counted = {**row, "success_colour": 0.5, "psnr_wins": 0, "flicker_wins": 0}
-    assert results["results"] == {method: dict.fromkeys(edit.EDITORS, counted) for method in edit.METHODS}
+    assert results["results"] == {method: dict.fromkeys(editors, counted) for method, editors in edit.RUNS.items()}
 
 
 def test_pairs_are_counted_one_by_one():

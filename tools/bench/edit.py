@@ -1,8 +1,9 @@
 """Which inversion and which editor make the better edit, on clips whose true edit is known.
 
-A generated clip is inverted in each of four ways and edited by prompt in each of three; what comes out is compared with the
-same scene rendered with one thing changed. `plain` samples with the target prompt from the inverted noise, with the model as
-it is; the other two are modes of STEMTokenFlow.
+A generated clip is inverted in several ways and edited by prompt in several; what comes out is compared with the same scene
+rendered with one thing changed. `plain` samples with the target prompt from the inverted noise, with the model as
+it is; `pnp_per_frame` and `tokenflow` are modes of STEMTokenFlow; `fatezero` is STEMFateZero, `fatezero_stem` the same with
+STEM attention in the blocks that it does not fuse.
 """
 
 import sys
@@ -29,14 +30,23 @@ PAIRS, QUICK_PAIRS = 24, 3
 SHOWN = 0  # the pair on the contact sheet
 STEPS, QUICK_STEPS = 20, 10
 CFG = 7.5
-METHODS = ("ddim", "first_previous", "all_frames", "stem")
-EDITORS = ("plain", "pnp_per_frame", "tokenflow")
+EDITORS = ("plain", "pnp_per_frame", "tokenflow", "fatezero", "fatezero_stem")
+RUNS = {  # inversion -> editors
+    **dict.fromkeys(("ddim", "first_previous", "all_frames", "stem"), EDITORS),
+    "middle_frame": ("fatezero",),  # FateZero's own inversion, with the attention of its editor
+}
 NEGATIVE = ""
 BASES = {"num_bases": 256, "em_iterations": 5, "temperature": 0.01, "seed": 0, "frames_per_em": 0, "blocks": "all"}
 TOKENFLOW = {
     "keyframe_every": 8, "qk_until": 0.5, "conv_until": 0.8, "seed": 0, "blocks": "all", "blend": "official",
     "keyframes": "random",
 }  # fmt: skip
+FATEZERO = {  # cross_until and self_until: those of the official attribute edits
+    "cross_until": 0.5, "self_until": 0.5, "attention": "refine", "reweight": "", "blend_words": "", "blend_threshold": 0.3,
+    "blend_latents": False, "context": "mid", "min_channels": 640, "joint_norm": False,
+    "blocks": "input_4-8, middle, output_0-8", "blend_timing": "official",
+}  # fmt: skip
+REST = "input_1-2, output_9-11"  # the blocks that FateZero leaves
 MEASURES = {
     "success": "share of the clips in which the reader sees the change that was asked for",
     "kept": "share of the clips in which it sees the other two things unchanged",
@@ -92,7 +102,7 @@ def run(path: Path, quick: bool) -> None:
     demo = load_demo()
     settings = {
         "steps": QUICK_STEPS if quick else STEPS, "cfg": CFG, "frames": FRAMES, "size": SIZE, **BASES, "tokenflow": TOKENFLOW,
-        **environment(demo), "measures": MEASURES,
+        "fatezero": FATEZERO, **environment(demo), "measures": MEASURES,
     }  # fmt: skip
     results = report.load(path, settings)
     found = results.setdefault("edits", {})
@@ -102,8 +112,8 @@ def run(path: Path, quick: bool) -> None:
         for reference, made in REFERENCES.items():
             if reference not in done:
                 done[reference] = compare(pair(number), made(demo, pair(number)))
-        for method in METHODS:
-            missing = [editor for editor in EDITORS if f"{method}, {editor}" not in done]
+        for method, editors in RUNS.items():
+            missing = [editor for editor in editors if f"{method}, {editor}" not in done]
             if missing:
                 for editor, _, measures in edit(demo, pair(number), method, missing, settings["steps"]):
                     done[f"{method}, {editor}"] = measures
@@ -124,7 +134,7 @@ REFERENCES = {  # what the measures say of clips that no editor made
 
 def complete(edits: report.Clips) -> report.Clips:
     """The pairs on which everything was measured, so that all averages are over the same."""
-    wanted = {*REFERENCES, *(f"{method}, {editor}" for method in METHODS for editor in EDITORS)}
+    wanted = {*REFERENCES, *(f"{method}, {editor}" for method, editors in RUNS.items() for editor in editors)}
     return {name: done for name, done in edits.items() if wanted <= done.keys()}
 
 
@@ -135,7 +145,9 @@ def summarise(results: dict[str, Any]) -> None:
     results["pairs"], results["counts"] = len(edits), COUNTS
     results["references"] = {name: rows[name] for name in REFERENCES if name in rows}
     results["results"] = {
-        method: {e: {**rows[f"{method}, {e}"], **count(edits, method, e)} for e in EDITORS} for method in METHODS if edits
+        method: {e: {**rows[f"{method}, {e}"], **count(edits, method, e)} for e in editors}
+        for method, editors in RUNS.items()
+        if edits
     }
 
 
@@ -154,27 +166,33 @@ def edit(
     demo: Demo, asked: Pair, method: str, editors: Sequence[str], steps: int
 ) -> Iterator[tuple[str, Tensor, report.Measures]]:
     """Inverts the source once and edits it with each of the editors; yields its name, the clip and the measures."""
-    source = rendered(asked.source)
     positive, negative = demo.text(caption(asked.target)), demo.text(NEGATIVE)
-    noise, sigmas, trajectory, _ = demo.pack.nodes.invert.STEMInvertLatents.execute(
-        model=demo.model,
-        latents=demo.encode(source.images),
-        positive=demo.text(caption(asked.source)),
-        steps=steps,
-        method=method,
-        **BASES,
-    ).result
+    noise, sigmas, trajectory = invert(demo, asked.source, method, steps)
     for editor in editors:
-        model = demo.model
-        if editor != "plain":
-            mode = "pnp" if editor == "tokenflow" else editor
-            model = demo.pack.nodes.tokenflow.STEMTokenFlow.execute(
-                model=model, trajectory=trajectory, mode=mode, **TOKENFLOW
-            ).result[0]
+        model = editing_model(demo, asked, trajectory, editor)
         with Cost() as cost:
             latents = demo.sample(model, noise, sigmas, positive, negative, CFG)
         images = demo.decode(latents)
         yield editor, images, {**compare(asked, images), "seconds": cost.seconds, "peak_mb": cost.peak_mb}
+
+
+def invert(demo: Demo, source: Scene, method: str, steps: int) -> tuple[dict, Tensor, Any]:
+    """LATENT, SIGMAS and trajectory of a scene."""
+    latents, positive = demo.encode(rendered(source).images), demo.text(caption(source))
+    if method != "middle_frame":
+        return demo.pack.nodes.invert.STEMInvertLatents.execute(
+            model=demo.model, latents=latents, positive=positive, steps=steps, method=method, **BASES
+        ).result[:3]
+    bridge = demo.pack.nodes.bridge
+    layout = bridge.layout.read_layout(demo.model)
+    blocks = bridge.layout.choose_blocks(layout, FATEZERO["blocks"])  # of SD1.5 those with min_channels and more
+
+    def middle_frame(k: Tensor, v: Tensor, _call: Any) -> Iterator[Any]:
+        middle = [(len(k) - 1) // 2]
+        yield bridge.self_attention.Context(len(k), k[middle], v[middle])
+
+    run = bridge.inversion.invert(demo.model, layout, blocks, middle_frame, latents["samples"], positive, steps, method, None)
+    return {"samples": run.latents}, run.trajectory.sigmas.flip(0), run.trajectory
 
 
 def shown(demo: Demo, steps: int) -> dict[str, Tensor]:
@@ -204,3 +222,22 @@ def compare(asked: Pair, images: Tensor) -> report.Measures:
         "psnr_outside": psnr(images, source.images, (changed == 0).float()),
         "flicker": flicker(images, truth.flow, truth.visible),
     }
+
+
+def editing_model(demo: Demo, asked: Pair, trajectory: Any, editor: str) -> Any:
+    """The model with an editor on it."""
+    nodes, model = demo.pack.nodes, demo.model
+    if editor == "plain":
+        return model
+    if editor in ("pnp_per_frame", "tokenflow"):
+        mode = "pnp" if editor == "tokenflow" else editor
+        return nodes.tokenflow.STEMTokenFlow.execute(model=model, trajectory=trajectory, mode=mode, **TOKENFLOW).result[0]
+    if editor == "fatezero_stem":
+        model = nodes.patch.STEMPatchModel.execute(
+            model=model, start_percent=0.0, end_percent=1.0, blocks=REST,
+            **{name: BASES[name] for name in ("num_bases", "em_iterations", "temperature", "seed")},
+        ).result[0]  # fmt: skip
+    prompts = {"source_prompt": caption(asked.source), "target_prompt": caption(asked.target)}
+    return nodes.fatezero.STEMFateZero.execute(
+        model=model, trajectory=trajectory, clip=demo.clip, **prompts, **FATEZERO
+    ).result[0]
