@@ -1,3 +1,4 @@
+import copy
 import sys
 from pathlib import Path
 
@@ -22,3 +23,28 @@ def as_in_an_execution():
 
     with torch.inference_mode():
         yield
+
+
+@pytest.fixture(scope="session")
+def demo(pack):
+    """Model, clip and VAE that come with the pack."""
+    import torch
+
+    with torch.inference_mode():
+        return pack.nodes.demo.STEMDemoModel.execute().result
+
+
+@pytest.fixture(scope="session")
+def bare(demo):
+    """The demo model's UNet alone, before any node was on it."""
+    return copy.deepcopy(demo[0].model.diffusion_model)
+
+
+@pytest.fixture(scope="session")
+def inverted_demo(pack, demo):
+    """What STEMInvertLatents gives of the demo clip."""
+    import torch
+    from fatezero_card import FRAMES, demo_images, encode, invert
+
+    with torch.inference_mode():
+        return invert(pack, demo[0], demo[1], encode(demo, demo_images(pack, FRAMES)))

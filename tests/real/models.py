@@ -4,12 +4,19 @@ Import after ComfyUI is importable. Random nets are not smooth: their output lay
 and the way back do not run apart.
 """
 
+from functools import partial
+
 import comfy.cldm.cldm
 import comfy.controlnet
 import comfy.model_base
 import comfy.model_management
 import comfy.ops
+import comfy.sd
+import comfy.sd1_clip
+import comfy.sdxl_clip
 import comfy.supported_models
+import comfy.supported_models_base
+import comfy.text_encoders.sd2_clip
 import torch
 from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
@@ -89,6 +96,30 @@ def tiny_controlnet(seed: int = 7, unet: dict = SD1) -> comfy.controlnet.Control
     net = comfy.cldm.cldm.ControlNet(**sizes, hint_channels=3, operations=comfy.ops.disable_weight_init)
     fill(net, seed, gain=0.3)
     return comfy.controlnet.ControlNet(net, load_device=comfy.model_management.get_torch_device())
+
+
+class TinyTextModel(comfy.sd1_clip.SDClipModel):
+    """CLIP's text model, CONTEXT wide."""
+
+    def __init__(self, device="cpu", dtype=None, model_options=None):
+        config = {
+            "hidden_size": CONTEXT, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2,
+            "hidden_act": "quick_gelu", "max_position_embeddings": 77, "eos_token_id": 49407,
+        }  # fmt: skip
+        super().__init__(device=device, dtype=dtype, model_options=model_options or {}, textmodel_json_config=config)
+
+
+def tiny_clip(layout: str = "sd15", seed: int = 11) -> comfy.sd.CLIP:
+    """A text encoder with seeded weights behind the family's own tokenizer; of SDXL's two rows of tokens it reads CLIP-L's."""
+    tokenizer, name = {
+        "sd15": (comfy.sd1_clip.SD1Tokenizer, "l"),
+        "sd2": (comfy.text_encoders.sd2_clip.SD2Tokenizer, "h"),
+        "sdxl": (comfy.sdxl_clip.SDXLTokenizer, "l"),
+    }[layout]
+    encoder = partial(comfy.sd1_clip.SD1ClipModel, clip_name=name, clip_model=TinyTextModel)
+    clip = comfy.sd.CLIP(comfy.supported_models_base.ClipTarget(tokenizer, encoder))
+    fill(clip.cond_stage_model, seed)
+    return clip
 
 
 def fill(module: nn.Module, seed: int, gain: float = 1.0) -> None:

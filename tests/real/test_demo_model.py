@@ -12,12 +12,6 @@ import nodes as core
 
 
 @pytest.fixture(scope="module")
-def demo(pack):
-    with torch.inference_mode():
-        return pack.nodes.demo.STEMDemoModel.execute().result
-
-
-@pytest.fixture(scope="module")
 def clip(pack):
     node = pack.nodes.demo.STEMDemoClip
     return node.execute(seed=3, frames=4, size=128, colour="red", shape="circle", background="sand").result

@@ -184,18 +184,28 @@ def test_averages_are_over_the_pairs_that_are_done():
     results = {"edits": {"pair 0": dict.fromkeys(names, row), "pair 1": dict.fromkeys(names[:-1], row)}}
     edit.summarise(results)
     assert results["pairs"] == 1 and set(results["references"]) == set(edit.REFERENCES)
-    counted = {**row, "success_colour": 0.5, "psnr_wins": 0, "flicker_wins": 0}
-    assert results["results"] == {method: dict.fromkeys(editors, counted) for method, editors in edit.RUNS.items()}
+    for method, editors in edit.RUNS.items():
+        for editor in editors:
+            against = [other for other in edit.RIVALS if editor in edit.RUNS[other] and other != method]
+            counted = {f"{measure}_{other}": 0 for other in against for measure in ("psnr_over", "flicker_under")}
+            assert results["results"][method][editor] == {**row, "success_colour": 0.5, **counted}
 
 
 def test_pairs_are_counted_one_by_one():
     def row(success, psnr, flicker):
         return {"success": success, "psnr": psnr, "flicker": flicker}
 
+    own = [row(0.0, 18.0, 0.01)] * 4
+
     ddim = [row(1.0, 20.0, 0.02), row(0.0, 20.0, 0.02), row(1.0, 20.0, 0.02), row(0.0, 20.0, 0.02)]
     stem = [row(1.0, 21.0, 0.03), row(0.0, 21.0, 0.01), row(0.0, 20.0, 0.02), row(0.0, 19.0, 0.01)]
     edits = {f"pair {n}": {"ddim, plain": a, "stem, plain": b} for n, (a, b) in enumerate(zip(ddim, stem, strict=True))}
-    found = edit.count(edits, "stem", "plain")
-    assert found == {
-        "success_colour": 0.5, "success_shape": 0.0, "success_background": 0.0, "psnr_wins": 2, "flicker_wins": 2
+    seen = {"success_colour": 0.5, "success_shape": 0.0, "success_background": 0.0}
+    assert edit.count(edits, "stem", "plain") == {**seen, "psnr_over_ddim": 2, "flicker_under_ddim": 2}
+    edits = {
+        f"pair {n}": {f"{name}, fatezero": rows[n] for name, rows in (("ddim", ddim), ("stem", stem), ("middle_frame", own))}
+        for n in range(4)
+    }
+    assert edit.count(edits, "stem", "fatezero") == {
+        **seen, "psnr_over_ddim": 2, "flicker_under_ddim": 2, "psnr_over_middle_frame": 4, "flicker_under_middle_frame": 0
     }  # fmt: skip

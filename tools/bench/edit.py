@@ -32,9 +32,13 @@ STEPS, QUICK_STEPS = 20, 10
 CFG = 7.5
 EDITORS = ("plain", "pnp_per_frame", "tokenflow", "fatezero", "fatezero_stem")
 RUNS = {  # inversion -> editors
-    **dict.fromkeys(("ddim", "first_previous", "all_frames", "stem"), EDITORS),
+    "ddim": EDITORS,
+    "first_previous": EDITORS[:-1],
+    "all_frames": EDITORS[:-1],
     "middle_frame": ("fatezero",),  # FateZero's own inversion, with the attention of its editor
+    "stem": EDITORS,
 }
+RIVALS = ("ddim", "middle_frame")  # inversions that the others are compared with, pair by pair
 NEGATIVE = ""
 BASES = {"num_bases": 256, "em_iterations": 5, "temperature": 0.01, "seed": 0, "frames_per_em": 0, "blocks": "all"}
 TOKENFLOW = {
@@ -59,19 +63,22 @@ MEASURES = {
 }
 COUNTS = {
     **{f"success_{change}": f"success among the pairs that change the {change}" for change in CHANGES},
-    "psnr_wins": "number of pairs whose psnr is higher than after ddim with the same editor",
-    "flicker_wins": "number of pairs whose flicker is lower than after ddim with the same editor",
+    **{
+        f"psnr_over_{other}": f"number of pairs whose psnr is higher than after {other} with the same editor"
+        for other in RIVALS
+    },
+    **{f"flicker_under_{other}": f"number of pairs whose flicker is lower than after {other}, likewise" for other in RIVALS},
 }
 COLUMNS = {
     "success": ("edit seen", ".0%"),
     **{f"success_{change}": (change, ".0%") for change in CHANGES},
     "kept": ("rest kept", ".0%"),
     "psnr": ("PSNR (dB)", ".2f"),
-    "psnr_wins": ("better than ddim", "d"),
+    **{f"psnr_over_{other}": (f"better than {other}", "d") for other in RIVALS},
     "ssim": ("SSIM", ".3f"),
     "psnr_outside": ("outside (dB)", ".2f"),
     "flicker": ("flicker", ".4f"),
-    "flicker_wins": ("steadier than ddim", "d"),
+    **{f"flicker_under_{other}": (f"steadier than {other}", "d") for other in RIVALS},
     "seconds": ("seconds", ".1f"),
     "peak_mb": ("peak MB", ".0f"),
 }
@@ -152,14 +159,16 @@ def summarise(results: dict[str, Any]) -> None:
 
 
 def count(edits: report.Clips, method: str, editor: str) -> report.Measures:
-    """What averages do not show: each kind of change by itself, and pair by pair whether the inversion is better than ddim."""
-    found = {int(name.split()[1]): (done[f"{method}, {editor}"], done[f"ddim, {editor}"]) for name, done in edits.items()}
-    seen = {change: [row["success"] for n, (row, _) in found.items() if pair(n).change == change] for change in CHANGES}
-    return {
-        **{f"success_{change}": fmean(each) for change, each in seen.items() if each},
-        "psnr_wins": sum(row["psnr"] > ddim["psnr"] for row, ddim in found.values()),
-        "flicker_wins": sum(row["flicker"] < ddim["flicker"] for row, ddim in found.values()),
-    }
+    """What averages do not show: each kind of change by itself, and pair by pair whether another inversion is worse."""
+    rows = {int(name.split()[1]): done[f"{method}, {editor}"] for name, done in edits.items()}
+    seen = {change: [row["success"] for n, row in rows.items() if pair(n).change == change] for change in CHANGES}
+    counts = {f"success_{change}": fmean(each) for change, each in seen.items() if each}
+    for other in RIVALS:
+        if editor in RUNS[other] and method != other:
+            both = [(row, done[f"{other}, {editor}"]) for row, done in zip(rows.values(), edits.values(), strict=True)]
+            counts[f"psnr_over_{other}"] = sum(row["psnr"] > theirs["psnr"] for row, theirs in both)
+            counts[f"flicker_under_{other}"] = sum(row["flicker"] < theirs["flicker"] for row, theirs in both)
+    return counts
 
 
 def edit(
