@@ -32,9 +32,7 @@ STEPS, QUICK_STEPS = 20, 10
 CFG = 7.5
 EDITORS = ("plain", "pnp_per_frame", "tokenflow", "fatezero", "fatezero_stem")
 RUNS = {  # inversion -> editors
-    "ddim": EDITORS,
-    "first_previous": EDITORS[:-1],
-    "all_frames": EDITORS[:-1],
+    **dict.fromkeys(("ddim", "first_previous", "all_frames"), EDITORS[:-1]),
     "middle_frame": ("fatezero",),  # FateZero's own inversion, with the attention of its editor
     "stem": EDITORS,
 }
