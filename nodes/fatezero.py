@@ -5,7 +5,8 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..stem.fatezero import LENGTH, Alignment, align_refine, align_replace, reweighted
-from .bridge.fatezero import FateZeroSettings, patch_fatezero
+from .bridge.fatezero import FateZeroSettings
+from .bridge.fatezero_passes import patch_fatezero
 from .bridge.layout import choose_blocks, read_layout
 from .bridge.mask_preview import preview_mask
 from .bridge.prompts import Prompt, places, read_prompt, same_conditioning
@@ -90,7 +91,7 @@ class STEMFateZero(io.ComfyNode):
                     max=1280,
                     advanced=True,
                     tooltip="Blocks with fewer channels attend to their own frame. Counted as in SD1.5: 320, 640 and 1280. "
-                    "The official code has 640 with mid, and 0 with previous_first.",
+                    "The official settings mostly have 640 with mid, and 0 with previous_first.",
                 ),
                 io.Boolean.Input(
                     "joint_norm",
@@ -135,8 +136,9 @@ class STEMFateZero(io.ComfyNode):
             of_source, of_target = _blend_words(blend_words, source, target, blend_latents)
             alignment = _weighted(_aligned(attention, source, target), reweight, target)
             settings = FateZeroSettings(
-                fused, cross_until, self_until, alignment, of_source, of_target, blend_threshold, blend_latents, blend_timing,
-                context, min_channels, joint_norm, target.conditioning,
+                fused=fused, cross_until=cross_until, self_until=self_until, alignment=alignment, source_words=of_source,
+                target_words=of_target, threshold=blend_threshold, blend_latents=blend_latents, blend_timing=blend_timing,
+                context=context, min_channels=min_channels, joint_norm=joint_norm, target=target.conditioning,
             )  # fmt: skip
             patched = patch_fatezero(model, layout, trajectory, settings)
             if not of_source:
@@ -172,7 +174,7 @@ def _aligned(attention: str, source: Prompt, target: Prompt) -> Alignment:
         if not prompt.words and len(prompt.tokens) > 2:
             raise ValueError(f"the words of {name} cannot be told apart. Choose the attention refine, or write plain words.")
     pairs = zip(source.words, target.words, strict=False)
-    replaced = [(a.text.lower(), a.tokens) != (b.text.lower(), b.tokens) for a, b in pairs]
+    replaced = [a.text != b.text for a, b in pairs]
     return align_replace([w.tokens for w in source.words], [w.tokens for w in target.words], replaced)
 
 

@@ -14,7 +14,10 @@ def named(node: type[io.ComfyNode]) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{node.define_schema().node_id}: {error}") from error
+        name, text = node.define_schema().node_id, str(error)
+        if text.startswith(f"{name}: "):  # of what ran the model
+            raise
+        raise ValueError(f"{name}: {text}") from error
 
 
 def steps_input() -> io.Int.Input:

@@ -60,7 +60,8 @@ def align_replace(source: Sequence[int], target: Sequence[int], replaced: Sequen
     """Every word of the target takes the map of the source's word in the same place.
 
     The tokens of a replaced word are taken one for one where both have as many; else every token of the source's word is
-    spread evenly over those of the target's. Past the last replaced word everything stays in its place.
+    spread evenly over those of the target's. Past the last replaced word everything stays in its place; the official code
+    leaves the last columns, of padding, zero where the source is the longer one.
 
     Args:
         source, target: Number of tokens of each word.

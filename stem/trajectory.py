@@ -27,6 +27,11 @@ class Trajectory(NamedTuple):
     model: ModelFingerprint
 
 
+def steps_above(trajectory: Trajectory, sigma: float) -> int:
+    """How many of the trajectory's levels are noisier: the number of a sampler's step, the noisiest being 0."""
+    return int((trajectory.sigmas > sigma * 1.001).sum())
+
+
 def latents_between(trajectory: Trajectory, sigma: float | Tensor) -> Tensor:
     """Latents (f, c, height, width) at any level the trajectory covers.
 

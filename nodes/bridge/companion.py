@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import comfy.sampler_helpers
 import comfy.samplers
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...stem.ddim import to_ddim
 from ...stem.trajectory import Trajectory, check_trajectory, latents_between
+from .frames import frames_of_call
 from .layout import Layout, block_of_call
 
 KEY = "stem_source"
@@ -54,6 +55,19 @@ def name_of(options: dict, node: str) -> str:
         raise ValueError(f"{node}: {error}") from error
 
 
+def check_frames(q: Tensor, k: Tensor, options: dict, node: str) -> list[int]:
+    """The frames of a call to a node's patch, where its rows and tokens are those of the latents' frames."""
+    try:
+        return frames_of_call(q, k, options)[1]
+    except ValueError as error:
+        raise ValueError(f"{node}: {error}") from error
+
+
+def without_regions(conditioning: list) -> list:
+    """Core's list of [tensor, options], of the whole picture: where a prompt acts does not matter for features."""
+    return [[text, {name: value for name, value in options.items() if name not in REGIONS}] for text, options in conditioning]
+
+
 @dataclass(eq=False)
 class SourceRun:
     """What one run of a sampler knows of the source."""
@@ -63,7 +77,7 @@ class SourceRun:
     mask: Tensor | None  # 1 where the clip is to be edited
     conds: list[dict] = field(default_factory=list)
     edits: list[dict] = field(default_factory=list)  # the sampler's own prompts, but negative ones
-    kept: object = None  # what an editor keeps from one model call to the next
+    kept: Any = None  # what the editor keeps from one model call to the next
 
     def latents(self, sigma: float, like: Tensor) -> Tensor:
         """(f, c, height, width) of the source at a noise level, in the model's scale."""
@@ -90,9 +104,12 @@ class SourceRun:
         """x where the clip is to be edited, the source elsewhere."""
         return x if self.mask is None else source + self.mask * (x - source)
 
-    def clean(self, like: Tensor) -> Tensor:
-        """The source without noise, in the model's scale."""
-        return clean_source(self.trajectory).to(like)
+    def keep_clean(self, predicted: list[Tensor]) -> list[Tensor]:
+        """Denoised latents with the clean source where the clip is not to be edited."""
+        if self.mask is None:
+            return predicted
+        clean = clean_source(self.trajectory).to(self.mask)
+        return [self.keep(x, clean) for x in predicted]
 
 
 def acting(conds: list[dict], sigma: float) -> list[dict]:
@@ -157,9 +174,7 @@ class Companion:
         return executor(guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
 
     def _source_conds(self) -> list[dict]:
-        """Of the whole picture: where a prompt acts does not matter for features."""
-        conds = comfy.sampler_helpers.convert_cond(self.trajectory.conditioning)
-        return [{name: value for name, value in cond.items() if name not in REGIONS} for cond in conds]
+        return comfy.sampler_helpers.convert_cond(without_regions(self.trajectory.conditioning))
 
     def _check(self, guider, latent_image: Tensor, sigmas: Tensor, mask: Tensor | None) -> None:
         recorded = self.trajectory.latents.shape[1:]

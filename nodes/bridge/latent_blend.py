@@ -10,7 +10,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...stem.ddim import from_ddim, sampling_update, to_ddim
-from ...stem.fatezero import blend_mask, latent_blend_acts
+from ...stem.fatezero import blend_mask
 from .companion import KEY, SourceRun
 
 
@@ -22,7 +22,7 @@ class Blend:
     target_words: dict[float, Tensor] = field(default_factory=dict)
 
     def add(self, sigma: float, source: Tensor | None, target: Tensor) -> None:
-        """Keeps the maps of a level; of several calls (as guidance nodes add them) those of the first."""
+        """Keeps the maps of a level, the source's where it is to be blended; of several calls (guidance nodes) the first's."""
         if sigma not in self.target_words:
             self.target_words[sigma] = target
             self.source_words = {} if source is None else {sigma: source}
@@ -41,7 +41,8 @@ def place_latent_blend(model: ModelPatcher, threshold: float, timing: str, node:
         timing: "official": the source of the level that is left; "matched": of the level that is entered.
         node: To name in errors.
     """
-    model.set_model_sampler_post_cfg_function(partial(_after_guidance, threshold=threshold, timing=timing))
+    blended = partial(_blended, threshold=threshold, timing=timing)
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, f"{node} latents", blended)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, f"{node} latents", partial(_first_order_only, node=node))
 
 
@@ -54,23 +55,21 @@ def _first_order_only(executor, noise, latent_image, sampler, *args, node: str, 
     return executor(noise, latent_image, sampler, *args, **kwargs)
 
 
-def _after_guidance(args: dict, threshold: float, timing: str) -> Tensor:
-    """sampler_post_cfg_function: the step that follows lands on latents blended with those of the source.
+def _blended(executor, x: Tensor, timestep: Tensor, model_options: dict, *args, threshold: float, timing: str, **kwargs):
+    """PREDICT_NOISE wrapper: the step that follows lands on latents blended with those of the source.
 
     The sampler takes a straight step from x to the next level through the denoised latent: this gives it the one that leads to
-    the blend.
+    the blend, after all guidance, of whatever node.
     """
-    options, x, denoised = args["model_options"]["transformer_options"], args["input"], args["denoised"]
+    denoised = executor(x, timestep, model_options, *args, **kwargs)
+    options, sigma = model_options["transformer_options"], float(timestep[0])
     run: SourceRun | None = options.get(KEY)
-    sigma = float(args["sigma"][0])
+    blend = None if run is None or run.kept is None else run.kept.blend
     lower = [s for s in options.get("sample_sigmas", x.new_zeros(0)).tolist() if s < sigma * 0.999]
-    if run is None or run.kept is None or not lower or sigma not in run.kept.source_words:
-        return denoised
-    steps = len(run.trajectory.sigmas) - 1
-    if not latent_blend_acts(int((run.trajectory.sigmas > sigma * 1.001).sum()), steps):
+    if blend is None or not lower or sigma not in blend.source_words:
         return denoised
     following = max(lower)
-    mask = run.kept.mask(sigma, threshold, tuple(x.shape[-2:])).to(x)
+    mask = blend.mask(sigma, threshold, tuple(x.shape[-2:])).to(x)
     level = sigma if timing == "official" else following
     z = to_ddim(run.latents(level, x), level)  # official: of the level that is being left, noisier than what it is put into
     next_x = sampling_update(x, denoised, sigma, following)

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from ...stem.fatezero import blend_mask
 from ...stem.trajectory import Trajectory
-from .fatezero import PASS, FateZeroSettings, Pass, mean_over_blocks, place_fatezero, seen_by_the_inversion
+from .companion import without_regions
+from .fatezero import PASS, FateZeroSettings, Pass, Source, mean_over_blocks
+from .fatezero_passes import place_fatezero, seen_by_the_inversion
 from .inversion import without_guidance
 from .layout import Layout
 
@@ -19,15 +21,15 @@ def preview_mask(model: ModelPatcher, layout: Layout, trajectory: Trajectory, se
     Args: as for `patch_fatezero`.
     """
     model, patch = place_fatezero(without_guidance(model), layout, trajectory, settings)
-    now = Pass(of_source=True, look=True)
-    model.model_options["transformer_options"][PASS] = now
     sigma = float(trajectory.sigmas[(len(trajectory.sigmas) - 1) // 2 + 1])
+    source = Source(sigma)
+    model.model_options["transformer_options"][PASS] = Pass(of_source=True, source=source, look=True)
     guider = comfy.samplers.CFGGuider(model)
-    guider.inner_set_conds({"positive": trajectory.conditioning})
+    guider.inner_set_conds({"positive": without_regions(trajectory.conditioning)})
     start = model.model.process_latent_out(seen_by_the_inversion(trajectory, sigma, trajectory.latents))
     sigmas = torch.tensor([sigma, 0.0])
     guider.sample(torch.zeros_like(start), start, comfy.samplers.KSAMPLER(_look_once), sigmas, disable_pbar=True, seed=0)
-    mask = blend_mask(mean_over_blocks(now.source_words), settings.threshold, patch.shape[1:])
+    mask = blend_mask(mean_over_blocks(source.words), settings.threshold, patch.shape[1:])
     return mask.to(comfy.model_management.intermediate_device())
 
 

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from comfy.sd1_clip import escape_important, token_weights, unescape_important
 
+from ...stem.fatezero import LENGTH
+
 MARKS = ".,;:!?"  # after a word; they have tokens of their own
 
 
 class Word(NamedTuple):
-    text: str  # as written, without marks after it
+    text: str  # as written, with marks after it
     start: int  # place of its first token in the prompt, the start token being 0
     tokens: int  # how many, with those of its marks
     own: int  # how many, without
@@ -32,7 +34,7 @@ def read_prompt(clip: Any, text: str, name: str) -> Prompt:
         name: Of the input, for the error.
 
     Raises:
-        ValueError: More tokens than one prompt holds.
+        ValueError: More tokens than one prompt holds, or a CLIP for longer prompts.
     """
     tokens = clip.tokenize(text)
     chunks = next(iter(tokens.values()))
@@ -40,6 +42,11 @@ def read_prompt(clip: Any, text: str, name: str) -> Prompt:
         raise ValueError(f"{name} takes {len(chunks)} rounds of 75 tokens; words are aligned within one. Shorten the prompt.")
     ids = _without_padding(clip, chunks[0])
     [[conditioning, _], *_] = clip.encode_from_tokens_scheduled(tokens)
+    if conditioning.shape[1] != LENGTH:
+        raise ValueError(
+            f"clip makes {conditioning.shape[1]} tokens of {name}; words are aligned in the {LENGTH} of an ordinary CLIP. Take "
+            "one that has no longer prompts, such as that of the checkpoint."
+        )
     return Prompt(text, ids, conditioning, _words(clip, text, len(ids) - 2))
 
 
@@ -48,7 +55,7 @@ def same_conditioning(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.shape != other.shape:
         return False
     one, other = one.detach().cpu().float(), other.detach().cpu().float()
-    return bool((one - other).norm() <= 1e-2 * other.norm())
+    return bool(((one - other).norm(dim=-1) <= 2e-2 * other.norm(dim=-1)).all())  # token by token: the first is long
 
 
 def places(prompt: Prompt, phrase: str, name: str) -> list[int]:
@@ -58,14 +65,19 @@ def places(prompt: Prompt, phrase: str, name: str) -> list[int]:
         ValueError: A word that the prompt does not have.
     """
     found = []
-    if not prompt.words and len(prompt.tokens) > 2:
+    if phrase.split() and not prompt.words and len(prompt.tokens) > 2:
         raise ValueError(f'the words of {name} cannot be told apart: "{prompt.text}". Put spaces between them.')
     for wanted in phrase.split():
-        hits = [word for word in prompt.words if word.text.lower() == wanted.strip(MARKS).lower()]
+        hits = [word for word in prompt.words if bare(word.text).lower() == bare(wanted).lower()]
         if not hits:
             raise ValueError(f'"{wanted}" is not a word of {name}: "{prompt.text}". Write a word as it stands there.')
         found += [place for word in hits for place in range(word.start, word.start + word.own)]
     return sorted(set(found))
+
+
+def bare(word: str) -> str:
+    """A word without the marks after it."""
+    return word.rstrip(MARKS) or word
 
 
 def _without_padding(clip: Any, row: list[tuple]) -> list[Hashable]:
@@ -85,8 +97,8 @@ def _words(clip: Any, text: str, tokens: int) -> list[Word]:
     plain = "".join(unescape_important(part) for part, _ in token_weights(escape_important(text), 1.0))
     words, start = [], 1
     for word in plain.split():
-        bare = word.rstrip(MARKS) or word
-        whole, own = (len(_without_padding(clip, _first_row(clip.tokenize(w, disable_weights=True)))) - 2 for w in (word, bare))
-        words.append(Word(bare, start, whole, own))
+        each = (word, bare(word))
+        whole, own = (len(_without_padding(clip, _first_row(clip.tokenize(w, disable_weights=True)))) - 2 for w in each)
+        words.append(Word(word, start, whole, own))
         start += whole
     return words if start - 1 == tokens else []

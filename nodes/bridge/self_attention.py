@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
-from comfy.samplers import CFGGuider
 from torch import Tensor
 
 from ...stem.attention import all_frames, basis_context, first_previous, pool_tokens
@@ -18,9 +16,9 @@ from .attend import attend
 from .frames import frames_of_call
 from .layout import Layout, block_of_call, slot_of
 from .record import RECORD
+from .slots import LEAVE_OUT, placed, refuse_others
 
 PERCENT_RANGE = (0.0, 1.0)
-KINDS = {"attn1": "self-attention", "attn2": "cross-attention"}  # core's names
 
 
 class Call(NamedTuple):
@@ -164,7 +162,7 @@ def place_self_attention(
     layout: Layout,
     blocks: tuple[str, ...],
     patch: Callable,
-    remedy: str = "Leave this block out of `blocks`",
+    remedy: str = LEAVE_OUT,
 ) -> ModelPatcher:
     """A clone of the model with one patch in the slots of some blocks.
 
@@ -176,85 +174,20 @@ def place_self_attention(
         ValueError: Another patch sits on one of them; a `SelfAttentionPatch` may take the place of another one.
     """
     model = model.clone()
-    placed = _placed(model)
     slots = [slot for slot in layout.slots if slot in map(slot_of, blocks)]
-    for slot in slots:
-        for key, other in placed.items():
-            if key[:2] == slot and not (isinstance(other, SelfAttentionPatch) and isinstance(patch, SelfAttentionPatch)):
-                raise ValueError(
-                    f"the self-attention of block {slot[0]}_{slot[1]} is already replaced by {_origin(other)}, and ComfyUI has "
-                    f"one place for it. {remedy}, or take the other node off this model."
-                )
+    ours = isinstance(patch, SelfAttentionPatch)
+    refuse_others(model, "attn1", slots, remedy, lambda other: ours and isinstance(other, SelfAttentionPatch))
     for slot in slots:
         left = any(slot_of(block.name) == slot and block.name not in blocks for block in layout.model.blocks)
-        earlier = placed.get(slot) if left else None
+        earlier = placed(model, "attn1").get(slot) if left else None
         model.set_model_attn1_replace(patch if earlier is None else replace(patch, earlier=earlier), *slot)
     return model
-
-
-def place_cross_attention(model: ModelPatcher, blocks: Iterable[str], patch: Callable, remedy: str) -> None:
-    """Puts one patch into the cross-attention of some blocks of a model that has been cloned already.
-
-    Raises:
-        ValueError: Another patch sits on one of them; says the remedy.
-    """
-    placed = _placed(model, "attn2")
-    for slot in sorted({slot_of(block) for block in blocks}):
-        for key, other in placed.items():
-            if key[:2] == slot:
-                raise ValueError(
-                    f"the cross-attention of block {slot[0]}_{slot[1]} is already replaced by {_origin(other)}, and ComfyUI "
-                    f"has one place for it. {remedy}, or take the other node off this model."
-                )
-        model.set_model_attn2_replace(patch, *slot)
-
-
-def guard_attention(model: ModelPatcher, patches: Iterable[Callable], node: str) -> None:
-    """Refuses to sample where a later node has taken slots of patches that do not act alone.
-
-    What replaces attention for a call of its own while a sampler runs (PAG) is left alone.
-
-    Args:
-        model: A clone, on which the patches have been placed.
-        patches: In slots of self-attention or cross-attention.
-        node: To name in the error.
-    """
-    slots = {
-        (kind, slot): patch
-        for kind in KINDS
-        for slot, patch in _placed(model, kind).items()
-        if any(patch is ours for ours in patches)
-    }
-
-    def outer_sample(executor: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        for kind, name in KINDS.items():
-            for key, other in _placed(executor.class_obj, kind).items():
-                if slots.get((kind, key[:2]), other) is not other:
-                    raise ValueError(
-                        f"{node}: {_origin(other)} comes after it and replaces the {name} of block {key[0]}_{key[1]}. "
-                        f"Put that node before {node} and see whether the two go together, or take it off this model."
-                    )
-        return executor(*args, **kwargs)
-
-    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, f"{node} attention", outer_sample)
 
 
 def without_own_patches(model: ModelPatcher) -> ModelPatcher:
     """A clone of the model without what `patch_self_attention` placed on it."""
     model = model.clone()
-    placed = _placed(model)
-    for key in [key for key, patch in placed.items() if isinstance(patch, SelfAttentionPatch)]:
-        del placed[key]
+    patches = placed(model, "attn1")
+    for key in [key for key, patch in patches.items() if isinstance(patch, SelfAttentionPatch)]:
+        del patches[key]
     return model
-
-
-def _placed(model: ModelPatcher | CFGGuider, kind: str = "attn1") -> dict[tuple, object]:
-    """The attention replacements on a model, or on that of a run, by core's keys."""
-    return model.model_options["transformer_options"].get("patches_replace", {}).get(kind, {})
-
-
-def _origin(patch: object) -> str:
-    if getattr(patch, "owner", ""):
-        return patch.owner
-    kind = patch if hasattr(patch, "__qualname__") else type(patch)
-    return f"{kind.__qualname__} of {kind.__module__}"

@@ -29,11 +29,11 @@ from ...stem.tokenflow import (
 )
 from ...stem.trajectory import Trajectory
 from .attend import attend
-from .companion import KEY, SourceRun, Stream, add_companion, name_of, noise_shape_with_room, streams_of
+from .companion import KEY, SourceRun, Stream, add_companion, check_frames, name_of, noise_shape_with_room, streams_of
 from .conditioning import hints_of_frames, select_prepared
-from .frames import frames_of_call
 from .layout import Layout, activation_size, block_scales, slot_of
-from .self_attention import guard_attention, place_self_attention
+from .self_attention import place_self_attention
+from .slots import LEAVE_OUT, guard_attention
 
 NODE = "STEMTokenFlow"
 """To name in errors."""
@@ -92,7 +92,7 @@ class TokenFlowPatch:
         """attn1_patch: keeps the source's tokens, or finds where they come from."""
         now, block = extra_options.get(PASS), name_of(extra_options, NODE)
         if now is not None and now.of_source and block in self.blocks:
-            _check_tokens(n, n, extra_options)
+            check_frames(n, n, extra_options, NODE)
             if now.group is None:
                 now.step.norms[block] = n
             else:
@@ -106,7 +106,7 @@ class TokenFlowPatch:
         now, block = extra_options.get(PASS), name_of(extra_options, NODE)
         if now is None or block not in self.blocks:
             return attend(q, k, v, extra_options)
-        _check_tokens(q, k, extra_options)
+        check_frames(q, k, extra_options, NODE)
         if now.group is not None and self.settings.mode != "pnp_per_frame":
             return torch.zeros_like(q)  # `after_attention` has the answer
         injected = now.step.inject_qk and tuple(extra_options["block"][:2]) in INJECTED
@@ -202,8 +202,7 @@ class TokenFlowPatch:
         for group, ids in enumerate(groups):
             for whole, part in zip(outs, go(list(ids), group), strict=True):
                 whole[ids.start : ids.stop] = part
-        clean = None if run.mask is None else run.clean(x_in)
-        return outs if clean is None else [run.keep(out, clean) for out in outs]
+        return run.keep_clean(outs)
 
     def reserve(self, executor, model, noise_shape, *args, **kwargs):
         """PREPARE_SAMPLING wrapper: memory for as many frames as a pass holds, and for the features of the keyframes."""
@@ -249,13 +248,6 @@ def keyframe_memory(layout: Layout, scales: dict, blocks: tuple[str, ...], frame
     return frames * numbers * itemsize
 
 
-def _check_tokens(q: Tensor, k: Tensor, options: dict) -> None:
-    try:
-        frames_of_call(q, k, options)
-    except ValueError as error:
-        raise ValueError(f"{NODE}: {error}") from error
-
-
 def patch_tokenflow(
     model: ModelPatcher, layout: Layout, blocks: tuple[str, ...], trajectory: Trajectory, settings: TokenFlowSettings
 ) -> ModelPatcher:
@@ -272,7 +264,7 @@ def patch_tokenflow(
     features = keyframe_memory(layout, block_scales(model.model.diffusion_model), blocks, keyframes, size, itemsize)
     patch = TokenFlowPatch(settings, frozenset(blocks), features)
     model = place_self_attention(model, layout, blocks, patch)
-    guard_attention(model, [patch], NODE)
+    guard_attention(model, [patch], NODE, {"attn1": LEAVE_OUT})
     others = model.model_options["transformer_options"].get("patches", {}).get("forward_timestep_embed_patch", [])
     if any(issubclass(ResBlock, kind) for kind, _ in others):
         raise ValueError(

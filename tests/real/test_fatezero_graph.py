@@ -6,8 +6,11 @@ import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfy_execution.graph_utils import ExecutionBlocker
-from fatezero_card import CFG, FRAMES, NEGATIVE, STEPS, TARGET, edit, sample, text
+from comfy_extras.nodes_custom_sampler import DualCFGGuider
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+from fatezero_card import CFG, FRAMES, NEGATIVE, STEPS, TARGET, card_step, edit, near, sample, step_of, text
 from models import tiny_controlnet, tiny_model
 
 import nodes as core
@@ -33,55 +36,116 @@ def test_nothing_of_the_source_is_computed_in_steps_without_fusion(pack, demo, i
     assert seen == [FRAMES, 2 * FRAMES] * 3 + [2 * FRAMES] * 2
 
 
-def test_the_memory_of_a_call_is_what_was_announced(pack, demo, inverted_demo, monkeypatch):
-    noise, sigmas, trajectory, _ = inverted_demo
-    fatezero, layouts = pack.nodes.bridge.fatezero, pack.nodes.bridge.layout
-    layout, passes = layouts.read_layout(demo[0]), []
-    made = fatezero.Pass
-    monkeypatch.setattr(fatezero, "Pass", lambda **given: passes.append(made(**given)) or passes[-1])
-    patches, usual = [], fatezero.FateZeroPatch
-    monkeypatch.setattr(fatezero, "FateZeroPatch", lambda *given: patches.append(usual(*given)) or patches[-1])
-    for context in ("mid", "previous_first", "own"):
-        passes.clear()
-        sample(demo, edit(pack, demo, trajectory, context=context)[0], noise["samples"], sigmas[:2])
-        left = sum(x.nbytes for pair in passes[0].queries.values() for x in pair)
-        assert left == fatezero.source_memory(layout, patches[-1], 4)
+def watched_sources(pack, monkeypatch):
+    """What sources' passes left, as it is made; every one has to be gone when the next comes."""
+    passes, alive = pack.nodes.bridge.fatezero_passes, []
+    made = passes.Source
 
-
-def test_nothing_of_a_call_is_kept(pack, demo, inverted_demo, monkeypatch):
-    noise, sigmas, trajectory, _ = inverted_demo
-    fatezero, alive = pack.nodes.bridge.fatezero, []
-    made = fatezero.Pass
-
-    def watched(**given):
+    def watch(sigma):
         assert not any(ref() for ref in alive), "one at a time"
-        now = made(**given)
-        alive.append(weakref.ref(now))
-        return now
+        source = made(sigma)
+        alive.append(weakref.ref(source))
+        return source
 
-    monkeypatch.setattr(fatezero, "Pass", watched)
-    sample(demo, edit(pack, demo, trajectory)[0], noise["samples"], sigmas[:4])
-    assert len(alive) == 3
+    monkeypatch.setattr(passes, "Source", watch)
+    return alive
 
 
-def test_memory_is_reserved_for_what_the_source_leaves(pack, demo, inverted_demo, monkeypatch):
+@pytest.mark.parametrize("context", ["mid", "previous_first", "own"])
+def test_the_memory_of_the_source_is_what_was_announced(pack, demo, inverted_demo, monkeypatch, context):
+    """What is left by its pass, what is told to core, and one source at a time."""
     import comfy.sampler_helpers
 
     noise, sigmas, trajectory, _ = inverted_demo
-    seen, usual = [], comfy.sampler_helpers.estimate_memory
-    monkeypatch.setattr(
-        comfy.sampler_helpers,
-        "estimate_memory",
-        lambda model, shape, conds: seen.append(shape[0]) or usual(model, shape, conds),
-    )
-    for context in ("mid", "own"):
-        sample(demo, edit(pack, demo, trajectory, context=context)[0], noise["samples"], sigmas[:2])
-    one = demo[0].model.memory_required([2, 4, 16, 16])
-    fatezero, layout = pack.nodes.bridge.fatezero, pack.nodes.bridge.layout.read_layout(demo[0])
-    assert FRAMES < seen[0] <= seen[1] and (seen[1] - FRAMES - 1) * one < 4 * sum(
-        5 * FRAMES * 256 * block.heads * block.head_dim for block in layout.model.blocks
-    )
-    assert fatezero.NODE == "STEMFateZero"
+    passes, seen, patches = pack.nodes.bridge.fatezero_passes, [], []
+    usual, of_core, check = passes.FateZeroPatch, comfy.sampler_helpers.estimate_memory, passes.Passes._check_source
+    monkeypatch.setattr(passes, "FateZeroPatch", lambda *given: patches.append(usual(*given)) or patches[-1])
+    monkeypatch.setattr(comfy.sampler_helpers, "estimate_memory", lambda *given: seen.append(given[1][0]) or of_core(*given))
+    left = []
+
+    def measure(self, now):
+        left.append(sum(x.nbytes for pair in now.source.queries.values() for x in pair))
+        check(self, now)
+
+    monkeypatch.setattr(passes.Passes, "_check_source", measure)
+    alive = watched_sources(pack, monkeypatch)
+    sample(demo, edit(pack, demo, trajectory, context=context)[0], noise["samples"], sigmas[:4])
+    announced = passes.source_memory(pack.nodes.bridge.layout.read_layout(demo[0]), patches[-1], 4)
+    assert left == [announced] * 3 and len(alive) == 3
+    assert seen == [FRAMES + -(-announced // demo[0].model.memory_required([2, 4, 16, 16]))]
+    assert not any(ref() for ref in alive), "nothing is left of a run"
+
+
+def test_guidance_and_higher_orders_find_the_source_of_the_level_as_it_was(pack, demo, inverted_demo, monkeypatch):
+    """Perturbed attention calls the model a second time at each level, heun twice: with one pass of the source."""
+    noise, sigmas, trajectory, _ = inverted_demo
+    edited = edit(pack, demo, trajectory)[0]
+    alive = watched_sources(pack, monkeypatch)
+    out = sample(demo, PerturbedAttentionGuidance.execute(edited, 3.0).result[0], noise["samples"], sigmas[:3])
+    assert len(alive) == 2 and not torch.allclose(out, sample(demo, edited, noise["samples"], sigmas[:3]), atol=1e-3)
+    del alive[:]
+    guider = comfy.samplers.CFGGuider(edited)
+    guider.set_conds(text(demo[1], TARGET), text(demo[1], NEGATIVE))
+    start = noise["samples"]
+    guider.sample(torch.zeros_like(start), start, comfy.samplers.sampler_object("heun"), sigmas[:3], disable_pbar=True)
+    assert len(alive) == 3, "of four calls at three levels"
+
+
+def test_what_leaves_the_source_out_is_told(pack, demo, inverted_demo):
+    """A cache of another pack skips a pass, or a block of it."""
+    noise, sigmas, trajectory, _ = inverted_demo
+
+    def skip(executor, model, conds, x, *args, **kwargs):
+        return [torch.zeros_like(x) for _ in conds]
+
+    for words in ("", "red star"):
+        skipping = edit(pack, demo, trajectory, blend_words=words)[0]
+        skipping.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "a cache", skip)
+        with pytest.raises(ValueError, match=r"STEMFateZero: another node left out the source.s pass.*EasyCache.*Take that"):
+            sample(demo, skipping, noise["samples"], sigmas[:2])
+
+
+def test_prompts_with_more_rows_or_tokens_are_refused(pack, demo, inverted_demo):
+    """Other nodes' patches of cross-attention, before ours: a second picture beside the first, a few more tokens."""
+    noise, sigmas, trajectory, _ = inverted_demo
+    for change in (
+        lambda n, context, value, options: (n.repeat(2, 1, 1), context.repeat(2, 1, 1), value.repeat(2, 1, 1)),
+        lambda n, context, value, options: (n, *(torch.cat([x, x[:, :4]], 1) for x in (context, value))),
+    ):
+        changed = edit(pack, demo, trajectory)[0]
+        changed.set_model_attn2_patch(change)
+        with pytest.raises(ValueError, match=r"STEMFateZero: cross-attention has queries .* changes its rows or tokens"):
+            sample(demo, changed, noise["samples"], sigmas[:2])
+
+
+@pytest.mark.parametrize("how", ["perturbed attention", "a function after guidance", "two guidances", "nested guidances"])
+def test_latents_are_blended_after_all_guidance(pack, demo, bare, inverted_demo, how):
+    """Outside of the words the step ends on the source's latents, whatever acts on the prediction."""
+    trajectory, step = inverted_demo[2], 3
+    x = near(trajectory, step)
+    case = {"blend_words": "red star | blue star", "blend_latents": True, "blend_threshold": None}
+    _, official = card_step(bare, demo[1], trajectory, x, step, case)
+    size = x.shape[-2:]
+    outside = (torch.maximum(official.mask(size), official.mask_of(official.target_words, size)) == 0)[:, None]
+    assert 0.02 < float(outside.float().mean()) < 0.98
+    edited = edit(pack, demo, trajectory, **{**case, "blend_threshold": official.case["blend_threshold"]})[0]
+    guider = comfy.samplers.CFGGuider(edited)
+    target, negative = text(demo[1], TARGET), text(demo[1], NEGATIVE)
+    if how == "perturbed attention":
+        guider = comfy.samplers.CFGGuider(PerturbedAttentionGuidance.execute(edited, 3.0).result[0])
+    elif how == "a function after guidance":
+        edited.set_model_sampler_post_cfg_function(lambda args: args["denoised"] + 1)
+    if "guidances" in how:
+        style = "nested" if how.startswith("nested") else "regular"
+        guider = DualCFGGuider.execute(edited, target, text(demo[1], "a circle on sand"), negative, 3.0, 2.0, style).result[0]
+    else:
+        guider.set_conds(target, negative)
+    levels, scale = trajectory.sigmas.flip(0)[step : step + 2], demo[0].model.latent_format.scale_factor
+    euler = comfy.samplers.sampler_object("euler")
+    out = guider.sample(torch.zeros_like(x), x / scale, euler, levels, disable_pbar=True, seed=0) * scale
+    kept = trajectory.latents[STEPS - step] * ((1 + levels[1] ** 2) / (1 + levels[0] ** 2)) ** 0.5
+    difference = (out - kept).abs() / kept.abs().max()
+    assert float(difference[outside.expand_as(out)].max()) < 1e-4 < float(difference[~outside.expand_as(out)].max())
 
 
 def test_the_source_is_shown_its_own_hints(pack, demo, inverted_demo):
@@ -96,7 +160,7 @@ def test_the_source_is_shown_its_own_hints(pack, demo, inverted_demo):
     assert seen == [FRAMES] and not torch.allclose(*outs, atol=1e-3)
 
 
-def test_a_lora_is_the_change_of_weights_that_it_says(pack, demo, bare, inverted_demo):
+def test_a_lora_is_the_change_of_weights_that_it_says(pack, demo, inverted_demo):
     noise, sigmas, trajectory, _ = inverted_demo
     key = "input_blocks.4.1.transformer_blocks.0.attn1.to_k.weight"
     change = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) / 10
@@ -230,26 +294,28 @@ def test_joint_norms_can_be_queued_again_with_other_words(pack, demo, inverted_d
         assert sample(demo, edited, noise["samples"], sigmas[:2]).isfinite().all()
 
 
-def test_a_call_for_another_prompt_alone_is_plain(pack, demo, inverted_demo):
+def test_a_call_for_another_prompt_alone_is_plain(pack, demo, bare, inverted_demo):
     """As guidance nodes make it after the main call: nothing of the source in it, nothing of it in the masks."""
-    noise, sigmas, trajectory, _ = inverted_demo
-    settings = {"blend_words": "red star | blue star", "blend_latents": True}
-    outs = []
+    trajectory = inverted_demo[2]
+    settings = {"blend_words": "red star | blue star", "blend_latents": True, "blend_threshold": None}
+    _, official = card_step(bare, demo[1], trajectory, near(trajectory, 3), 3, settings)
+    settings["blend_threshold"] = official.case["blend_threshold"]
+    outs, alone = [], []
     for asked in (False, True):
         edited = edit(pack, demo, trajectory, **settings)[0]
 
         def ask(args):
-            options = args["model_options"]
-            comfy.samplers.calc_cond_batch(args["model"], [args["uncond"]], args["input"], args["timestep"], options)
-            comfy.samplers.calc_cond_batch(args["model"], [args["cond"]], args["input"], args["timestep"], options)
+            for role in (args["conds"][1], args["conds"][0]):
+                call = args["model"], [role], args["input"], args["timestep"], args["model_options"]
+                alone.extend(comfy.samplers.calc_cond_batch(*call))
+            alone.append(args["conds_out"][1])
             return args["conds_out"]
 
         if asked:
-            edited.set_model_sampler_pre_cfg_function(
-                lambda args, ask=ask: ask({**args, "uncond": args["conds"][1], "cond": args["conds"][0]})
-            )
-        outs.append(sample(demo, edited, noise["samples"], sigmas[:6]))
+            edited.set_model_sampler_pre_cfg_function(ask)
+        outs.append(step_of(demo, edited, trajectory, near(trajectory, 3), 3, 2))
     assert torch.equal(*outs)
+    assert torch.allclose(alone[0], alone[2], atol=1e-4), "the negative prompt alone, beside it in the main call"
 
 
 def test_a_masked_clip_sampled_from_halfway_keeps_the_source_outside(pack, demo, inverted_demo):
@@ -327,7 +393,8 @@ def test_an_adapter_that_comes_later_is_refused(pack, demo, inverted_demo):
         later = edit(pack, demo, trajectory)[0]
         later.set_model_patch_replace(lambda q, k, v, options: q, kind, *place)
         with pytest.raises(
-            ValueError, match=rf"STEMFateZero: .*lambda.* comes after it and replaces the .* of block {place[0]}"
+            ValueError,
+            match=rf"STEMFateZero: .*lambda.* comes after it and replaces the .* of block {place[0]}.*Leave this block out",
         ):
             sample(demo, later, noise["samples"], sigmas[:2])
 
@@ -346,9 +413,49 @@ def test_a_clip_inverted_with_several_prompts_is_refused(pack, demo, inverted_de
         edit(pack, demo, trajectory)
 
 
-def test_words_without_spaces_are_refused(pack, demo, inverted_demo):
+def test_words_without_spaces_are_refused_where_they_are_asked_for(pack, demo, inverted_demo):
+    noise, sigmas, trajectory, _ = inverted_demo
+    glued = "(a:1.2)(b:1.1) star"
+    out = sample(demo, edit(pack, demo, trajectory, target_prompt=glued)[0], noise["samples"], sigmas[:2], glued)
+    assert out.isfinite().all()
     with pytest.raises(ValueError, match=r"the words of target_prompt cannot be told apart: .*Put spaces between them"):
         edit(pack, demo, inverted_demo[2], target_prompt="(a:1.2)(b:1.1) star", reweight="star: 2")
+
+
+def test_a_clip_for_longer_prompts_is_refused(pack, demo, inverted_demo):
+    class LongClip:
+        def __getattr__(self, name):
+            return getattr(demo[1], name)
+
+        def encode_from_tokens_scheduled(self, tokens):
+            [[conditioning, options]] = demo[1].encode_from_tokens_scheduled(tokens)
+            return [[torch.nn.functional.pad(conditioning, (0, 0, 0, 171)), options]]
+
+    with pytest.raises(ValueError, match=r"STEMFateZero: clip makes 248 tokens of source_prompt.*77 of an ordinary CLIP"):
+        edit(pack, (demo[0], LongClip(), demo[2]), inverted_demo[2])
+
+
+def test_a_late_word_makes_another_prompt(pack):
+    """Even beside a first token that outweighs all others."""
+    same = pack.nodes.bridge.prompts.same_conditioning
+    one = torch.randn(1, 77, 8, generator=torch.Generator().manual_seed(0))
+    one[:, 0] *= 1e4
+    other = one.clone()
+    other[:, 5] += 0.1
+    assert same(one, one.bfloat16()) and not same(one, other) and not same(one, one[:, :76])
+
+
+def test_joint_norm_on_several_devices_is_refused(pack, demo, inverted_demo):
+    noise, sigmas, trajectory, _ = inverted_demo
+
+    def two_devices(executor, model, conds, x, timestep, model_options, *args, **kwargs):
+        return executor(model, conds, x, timestep, {**model_options, "multigpu_clones": {}}, *args, **kwargs)
+
+    outer = demo[0].clone()
+    outer.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "two devices", two_devices)
+    edited = edit(pack, demo, trajectory, outer, joint_norm=True)[0]
+    with pytest.raises(ValueError, match=r"STEMFateZero: joint_norm works on one device"):
+        sample(demo, edited, noise["samples"], sigmas[:2])
 
 
 def test_context_windows_are_refused(pack, demo, inverted_demo):

@@ -100,6 +100,7 @@ def test_fused_values_are_the_fused_map(own):
 def test_steps_are_those_of_the_official_code():
     assert [replaced_steps(50, s, "self") for s in (0.0, 0.4, 0.5, 0.8, 1.0)] == [0, 20, 25, 40, 50]
     assert [replaced_steps(50, c, "cross") for c in (0.0, 0.3, 0.5, 0.7, 0.8, 1.0)] == [0, 15, 25, 35, 40, 50]
+    assert replaced_steps(50, 0.58, "self") == 29, "0.58 x 50 is a little less than 29 in floating point"
     assert replaced_steps(50, 0.59, "cross") == 30 and replaced_steps(50, 0.59, "self") == 29
     acting = [step for step in range(50) if latent_blend_acts(step, 50)]
     assert acting == list(range(10, 39)), "29 of 50"

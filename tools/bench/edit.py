@@ -30,11 +30,11 @@ PAIRS, QUICK_PAIRS = 24, 3
 SHOWN = 0  # the pair on the contact sheet
 STEPS, QUICK_STEPS = 20, 10
 CFG = 7.5
-EDITORS = ("plain", "pnp_per_frame", "tokenflow", "fatezero", "fatezero_stem")
+EDITORS = ("plain", "pnp_per_frame", "tokenflow", "fatezero")
 RUNS = {  # inversion -> editors
-    **dict.fromkeys(("ddim", "first_previous", "all_frames"), EDITORS[:-1]),
+    **dict.fromkeys(("ddim", "first_previous", "all_frames"), EDITORS),
     "middle_frame": ("fatezero",),  # FateZero's own inversion, with the attention of its editor
-    "stem": EDITORS,
+    "stem": (*EDITORS, "fatezero_stem"),
 }
 RIVALS = ("ddim", "middle_frame")  # inversions that the others are compared with, pair by pair
 NEGATIVE = ""
@@ -107,7 +107,8 @@ def run(path: Path, quick: bool) -> None:
     demo = load_demo()
     settings = {
         "steps": QUICK_STEPS if quick else STEPS, "cfg": CFG, "frames": FRAMES, "size": SIZE, **BASES, "tokenflow": TOKENFLOW,
-        "fatezero": FATEZERO, **environment(demo), "measures": MEASURES,
+        "fatezero": FATEZERO, "fatezero_stem": {"blocks of STEM": REST}, "runs": {i: list(e) for i, e in RUNS.items()},
+        **environment(demo), "measures": MEASURES,
     }  # fmt: skip
     results = report.load(path, settings)
     found = results.setdefault("edits", {})
@@ -207,7 +208,7 @@ def shown(demo: Demo, steps: int) -> dict[str, Tensor]:
     asked = pair(SHOWN)
     clips = {"source": rendered(asked.source).images, "true edit": rendered(asked.target).images}
     for method in ("ddim", "stem"):
-        clips |= {f"{method}, {editor}": images for editor, images, _ in edit(demo, asked, method, EDITORS, steps)}
+        clips |= {f"{method}, {editor}": images for editor, images, _ in edit(demo, asked, method, RUNS[method], steps)}
     return clips
 
 
