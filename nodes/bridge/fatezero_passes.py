@@ -71,7 +71,8 @@ class Passes:
         told = {**model_options, "transformer_options": {**options, PASS: now}}
         if now.fuse_self or now.fuse_cross or now.look:
             if run.kept.source is None or run.kept.source.sigma != sigma:
-                run.kept.source, now.source = None, Source(sigma)  # one at a time
+                run.kept.source = None  # before there is another
+                now.source = Source(sigma)
                 seen = seen_by_the_inversion(run.trajectory, sigma, x_in)
                 executor(model, [run.prompt(sigma)], seen, timestep, told, *args, **kwargs)
                 self._check_source(now)

@@ -156,12 +156,16 @@ class Official:
         resized = torch.nn.functional.interpolate(grown, size)[:, 0]
         return resized / resized.flatten(1).max(1).values[:, None, None]
 
-    def set_dividing_threshold(self):
+    def dividing_threshold(self, *words):
         """In the widest gap near the middle: attention of a small model to its words differs little from place to place."""
-        values = self.share_of_maximum(self.source_words(), self.size_at(4)).unique()
+        values = torch.stack([self.share_of_maximum(each, self.size_at(4)) for each in words]).amax(0).unique()
         values = values[len(values) // 4 : 3 * len(values) // 4 + 1]
         widest = int(values.diff().argmax())
-        self.case["blend_threshold"] = float(values[widest : widest + 2].mean())
+        return float(values[widest : widest + 2].mean())
+
+    def mask_of_latents(self):
+        """Of source or target words: (f, 1, height, width)."""
+        return torch.maximum(self.mask(self.size), self.mask_of(self.target_words, self.size))[:, None]
 
     def size_at(self, scale):
         return tuple(edge // scale for edge in self.size)
@@ -228,7 +232,7 @@ class Official:
         self.call(below, level, [source])
         self.source = False
         if self.case["blend_threshold"] is None:
-            self.set_dividing_threshold()
+            self.case["blend_threshold"] = self.dividing_threshold(self.source_words())
         return self.call(torch.cat([z, z]), level, [negative, target]).chunk(2)
 
     def call(self, z, level, texts):
@@ -242,6 +246,9 @@ def card_step(unet, clip, trajectory, x, step, case, cfg=CFG, earlier_words=(), 
     levels = trajectory.sigmas.flip(0)
     high, low = levels[step], levels[step + 1]
     z = {s: trajectory.latents[STEPS - i] / (1 + levels[i] ** 2) ** 0.5 for i, s in ((step, "high"), (step + 1, "low"))}
+    if case.get("blend_latents") and case["blend_threshold"] is None:  # one that divides the words of both prompts
+        official = card_step(unet, clip, trajectory, x, step, {**case, "blend_threshold": 0.3}, **family)[1]
+        case = {**case, "blend_threshold": official.dividing_threshold(official.source_words(), official.target_words)}
     official = Official(unet, x.shape[-2:], step, case, **family)
     texts = [text(clip, words)[0][0] for words in (SOURCE, NEGATIVE, official.case["target_prompt"])]
     uncond, cond = official.run(x / (1 + high**2) ** 0.5, z["low"], 901 - 100 * step, texts)
@@ -253,7 +260,7 @@ def card_step(unet, clip, trajectory, x, step, case, cfg=CFG, earlier_words=(), 
     after = x + (low - high) * (x - denoised) / high
     official.target_words = [*earlier_words, *official.target_words]
     if official.case["blend_latents"] and 2 < step + 1 < 8:
-        mask = torch.maximum(official.mask(x.shape[-2:]), official.mask_of(official.target_words, x.shape[-2:]))[:, None]
+        mask = official.mask_of_latents()
         kept = z["low" if official.case["blend_timing"] == "matched" else "high"]
         after = (kept + mask * (after / (1 + low**2) ** 0.5 - kept)) * (1 + low**2) ** 0.5
     return after, official

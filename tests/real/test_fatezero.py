@@ -54,7 +54,8 @@ def test_one_step_equals_the_card(pack, demo, bare, inverted_demo, step, case):
     x = near(trajectory, step)
     expected, official = card_step(bare, demo[1], trajectory, x, step, case)
     if case.get("blend_words") and step < 5:
-        assert 0.02 < float(official.mask(x.shape[-2:]).mean()) < 0.98, "a mask that says something"
+        mask = official.mask_of_latents() if case.get("blend_latents") else official.mask(x.shape[-2:])
+        assert 0.02 < float(mask.mean()) < 0.98, "a mask that says something"
     edited = edit(pack, demo, trajectory, **{**case, "blend_threshold": official.case["blend_threshold"]})[0]
     out = step_of(demo, edited, trajectory, x, step, 1, official.case["target_prompt"])
     assert float((out - expected).norm() / (expected - x).norm()) < 1e-4
@@ -64,12 +65,25 @@ def test_two_steps_look_at_the_words_of_both(pack, demo, bare, inverted_demo):
     """Latent blending sums the edit's maps over the steps."""
     trajectory = inverted_demo[2]
     x = near(trajectory, 3)
-    between, first = card_step(bare, demo[1], trajectory, x, 3, BLENDED)
-    threshold = {"blend_threshold": first.case["blend_threshold"]}
-    expected, _ = card_step(bare, demo[1], trajectory, between, 4, {**BLENDED, **threshold}, earlier_words=first.target_words)
-    alone, _ = card_step(bare, demo[1], trajectory, between, 4, {**BLENDED, **threshold})
-    assert not torch.equal(alone, expected), "the first step's words count"
-    edited = edit(pack, demo, trajectory, **{**BLENDED, **threshold})[0]
+
+    def two_steps(threshold):
+        case = {**BLENDED, "blend_threshold": threshold}
+        between, first = card_step(bare, demo[1], trajectory, x, 3, case)
+        alone, second = card_step(bare, demo[1], trajectory, between, 4, case)
+        words = first.target_words, second.target_words
+        both, _ = card_step(bare, demo[1], trajectory, between, 4, case, earlier_words=first.target_words)
+        return between, alone, both, second, words
+
+    *_, second, (before, now) = two_steps(0.3)
+    source, alone, both = (
+        second.share_of_maximum(each, second.size_at(4)) for each in (second.source_words(), now, [*before, *now])
+    )
+    low, high = torch.maximum(source, torch.minimum(alone, both)), torch.maximum(alone, both)
+    place = (high - low).argmax()
+    threshold = float((low.flatten()[place] + high.flatten()[place]) / 2)  # where the first step's words count most
+    between, alone, expected, *_ = two_steps(threshold)
+    assert not torch.equal(alone, expected)
+    edited = edit(pack, demo, trajectory, **{**BLENDED, "blend_threshold": threshold})[0]
     out = step_of(demo, edited, trajectory, x, 3, 2)
     assert float((out - expected).norm() / (expected - between).norm()) < 1e-4
 
