@@ -171,7 +171,7 @@ def _aligned(attention: str, source: Prompt, target: Prompt) -> Alignment:
     if attention == "refine":
         return align_refine(source.tokens, target.tokens)
     for prompt, name in ((source, "source_prompt"), (target, "target_prompt")):
-        if not prompt.words and len(prompt.tokens) > 2:
+        if prompt.glued:
             raise ValueError(f"the words of {name} cannot be told apart. Choose the attention refine, or write plain words.")
     pairs = zip(source.words, target.words, strict=False)
     replaced = [a.text != b.text for a, b in pairs]

@@ -1,23 +1,17 @@
 """Inputs that several nodes have in common, and the check that names the node in an error."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 from comfy_api.latest import io
+
+from .bridge.naming import named_by
 
 CATEGORY = "video/STEM"
 
 
-@contextmanager
-def named(node: type[io.ComfyNode]) -> Iterator[None]:
+def named(node: type[io.ComfyNode]) -> AbstractContextManager[None]:
     """Puts the node's id in front of an error about its inputs."""
-    try:
-        yield
-    except ValueError as error:
-        name, text = node.define_schema().node_id, str(error)
-        if text.startswith(f"{name}: "):  # of what ran the model
-            raise
-        raise ValueError(f"{name}: {text}") from error
+    return named_by(node.define_schema().node_id)
 
 
 def steps_input() -> io.Int.Input:

@@ -33,6 +33,15 @@ class Template(NamedTuple):
     note: str  # Markdown
 
 
+def own_video(prompt: str) -> str:
+    """What to swap for a real model and clip; `prompt` says where the clip's prompt goes."""
+    return (
+        "**Your own video:** put *Load Checkpoint* (SD1.5, SD2.x or SDXL) in place of *STEM Demo Model*, and *Load Video* with "
+        f"*Get Video Components* in place of *STEM Demo Clip*; write its prompt into {prompt}, and raise cfg from 3, which "
+        "suits the demo model, to 7.5."
+    )
+
+
 TEMPLATES = {
     "TokenFlow edit": Template(
         "tokenflow",
@@ -45,9 +54,7 @@ TEMPLATES = {
         "## TokenFlow edit\n\nThe clip is inverted with the prompt that describes it (**2**), and sampled again with the "
         "prompt that describes the edit (**3**). STEM TokenFlow edits a few keyframes together and lets all other frames "
         "follow the motion of the source.\n\n"
-        "**Your own video:** put *Load Checkpoint* (SD1.5, SD2.x or SDXL) in place of *STEM Demo Model*, and *Load Video* with "
-        "*Get Video Components* in place of *STEM Demo Clip*; write its prompt into the text field of step 2, and "
-        "raise cfg from 3, which suits the demo model, to 7.5.\n\n"
+        f"{own_video('the text field of step 2')}\n\n"
         "**Nothing changes?** Lower *qk_until* and *conv_until*. **The shape is lost?** Raise them.",
     ),
     "FateZero edit": Template(
@@ -61,11 +68,10 @@ TEMPLATES = {
         "## FateZero edit\n\nThe clip is inverted with the prompt that describes it (**2**). STEM FateZero takes that "
         "prompt and the one of the edit, and keeps the source's attention for all words that did not change (**3**). The "
         "sampler needs the same target prompt. With a real checkpoint *blend_words* can keep the edit where a word is, and "
-        "*mask* shows what it found.\n\n**Your own video:** put *Load "
-        "Checkpoint* (SD1.5, SD2.x or SDXL) in place of *STEM Demo Model*, and *Load Video* with *Get Video Components* "
-        "in place of *STEM Demo Clip*; write its prompt into step 2 and into *source_prompt*, and raise cfg from 3, which "
-        "suits the demo model, to 7.5.\n\n**Nothing changes?** "
-        "Lower *self_until* and *cross_until*, or lower *blend_threshold*. **Too much changes?** Raise them.",
+        "*mask* shows what it found.\n\n"
+        f"{own_video('step 2 and into *source_prompt*')}\n\n"
+        "**Nothing changes?** Lower *self_until* and *cross_until*, or lower *blend_threshold*. **Too much changes?** Raise "
+        "them.",
     ),
 }
 

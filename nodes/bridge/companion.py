@@ -21,6 +21,7 @@ from ...stem.ddim import to_ddim
 from ...stem.trajectory import Trajectory, check_trajectory, latents_between
 from .frames import frames_of_call
 from .layout import Layout, block_of_call
+from .naming import named_by
 
 KEY = "stem_source"
 """Of the wrappers, of the run in `transformer_options`, and of the source's prompt among those of a guider."""
@@ -49,18 +50,14 @@ def streams_of(options: dict, of_source: bool) -> list[Stream]:
 
 def name_of(options: dict, node: str) -> str:
     """Of the block that a patch of a node is called in."""
-    try:
+    with named_by(node):
         return block_of_call(options)
-    except ValueError as error:
-        raise ValueError(f"{node}: {error}") from error
 
 
 def check_frames(q: Tensor, k: Tensor, options: dict, node: str) -> list[int]:
     """The frames of a call to a node's patch, where its rows and tokens are those of the latents' frames."""
-    try:
+    with named_by(node):
         return frames_of_call(q, k, options)[1]
-    except ValueError as error:
-        raise ValueError(f"{node}: {error}") from error
 
 
 def without_regions(conditioning: list) -> list:
@@ -75,16 +72,15 @@ class SourceRun:
     trajectory: Trajectory
     node: str  # to name in an error
     mask: Tensor | None  # 1 where the clip is to be edited
+    clean: Tensor | None = None  # the source without noise, in the model's scale; where there is a mask
     conds: list[dict] = field(default_factory=list)
     edits: list[dict] = field(default_factory=list)  # the sampler's own prompts, but negative ones
     kept: Any = None  # what the editor keeps from one model call to the next
 
     def latents(self, sigma: float, like: Tensor) -> Tensor:
         """(f, c, height, width) of the source at a noise level, in the model's scale."""
-        try:
+        with named_by(self.node):
             return latents_between(self.trajectory, sigma).to(like)
-        except ValueError as error:
-            raise ValueError(f"{self.node}: {error}") from error
 
     def prompt(self, sigma: float) -> list[dict]:
         """The source's conditioning at a noise level: of several that act, the first.
@@ -106,10 +102,7 @@ class SourceRun:
 
     def keep_clean(self, predicted: list[Tensor]) -> list[Tensor]:
         """Denoised latents with the clean source where the clip is not to be edited."""
-        if self.mask is None:
-            return predicted
-        clean = clean_source(self.trajectory).to(self.mask)
-        return [self.keep(x, clean) for x in predicted]
+        return [self.keep(x, self.clean) for x in predicted]
 
 
 def acting(conds: list[dict], sigma: float) -> list[dict]:
@@ -129,11 +122,9 @@ class Companion:
         guider = executor.class_obj
         options = guider.model_options.setdefault("transformer_options", {})
         adds_noise = bool(noise.count_nonzero())
-        try:
+        with named_by(self.node):
             self._check(guider, latent_image, sigmas, denoise_mask)
             self._check_start(guider.model_patcher.model.process_latent_in(latent_image), sigmas, adds_noise)
-        except ValueError as error:
-            raise ValueError(f"{self.node}: {error}") from error
         if adds_noise:
             noise = noise_of_source(self.trajectory).to(noise)
             sigma = float(sigmas[0])
@@ -170,7 +161,7 @@ class Companion:
             logging.warning(f"{self.node}: of several prompts that the clip was inverted with, the first leads, everywhere.")
         run.edits = [cond for role, conds in guider.conds.items() if role != KEY and "negative" not in role for cond in conds]
         if run.mask is not None:
-            run.mask = run.mask.to(noise)
+            run.mask, run.clean = run.mask.to(noise), clean_source(self.trajectory).to(noise)
         return executor(guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
 
     def _source_conds(self) -> list[dict]:

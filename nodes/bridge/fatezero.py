@@ -4,7 +4,7 @@ The source's pass leaves its queries and keys, so that no map of self-attention 
 where the words of the mask look is kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -66,20 +66,10 @@ class Pass:
 
 
 @dataclass(frozen=True, eq=False)
-class InSlot:
-    """A patch as core's slot holds it; other nodes' errors name its owner."""
-
-    run: Callable[[Tensor, Tensor, Tensor, dict], Tensor]
-    owner: ClassVar[str] = NODE
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
-        return self.run(q, k, v, extra_options)
-
-
-@dataclass(frozen=True, eq=False)
 class FateZeroPatch:
-    """What the slots run; it never changes."""
+    """Its methods are in core's slots; it never changes."""
 
+    owner: ClassVar[str] = NODE  # for other nodes' errors
     settings: FateZeroSettings
     fused: frozenset[str]
     in_context: frozenset[str]  # blocks that attend to the frames of `settings.context`

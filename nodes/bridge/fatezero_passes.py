@@ -16,13 +16,13 @@ from ...stem.ddim import inversion_input
 from ...stem.fatezero import LENGTH, latent_blend_acts, replaced_steps
 from ...stem.trajectory import Trajectory, latents_between, steps_above
 from .companion import KEY, SourceRun, acting, add_companion, noise_shape_with_room
-from .fatezero import NODE, PASS, FateZeroPatch, FateZeroSettings, InSlot, Pass, Source, mean_over_blocks
+from .fatezero import NODE, PASS, FateZeroPatch, FateZeroSettings, Pass, Source, mean_over_blocks
 from .joint_norm import place_joint_norms
 from .latent_blend import Blend, place_latent_blend
 from .layout import Layout, block_scales, slot_of
 from .prompts import same_conditioning
 from .self_attention import place_self_attention
-from .slots import guard_attention, place_cross_attention
+from .slots import LEAVE_OUT, guard_attention, place_cross_attention
 
 MASK_SCALE = 4
 """Masks are made where activations are so many times smaller than the latents: input 7, 8, output 3, 4, 5 of SD1.x."""
@@ -31,8 +31,8 @@ CHANNELS = 320
 """Of SD1.5's widest activations; half the size counts as twice the channels, up to four times."""
 
 REMEDIES = {
-    "attn1": "Leave this block out of `blocks` and set context to own",
-    "attn2": "Leave this block out of `blocks` and blend_words empty",
+    "attn1": f"{LEAVE_OUT} and set context to own",
+    "attn2": f"{LEAVE_OUT} and blend_words empty",
 }
 """Where another node wants the same attention."""
 
@@ -194,7 +194,7 @@ def place_fatezero(
     patch = FateZeroPatch(
         settings, frozenset(settings.fused), frozenset(wide), frozenset(looked_at), scales, (frames, height, width)
     )
-    own, cross = InSlot(patch.self_attention), InSlot(patch.cross_attention)
+    own, cross = patch.self_attention, patch.cross_attention
     model = place_self_attention(model, layout, tuple(wide.union(settings.fused)), own, REMEDIES["attn1"])
     place_cross_attention(model, looked_at.union(settings.fused), cross, REMEDIES["attn2"])
     guard_attention(model, [own, cross], NODE, REMEDIES)

@@ -24,6 +24,11 @@ class Prompt(NamedTuple):
     conditioning: torch.Tensor  # (1, 77, c)
     words: list[Word]
 
+    @property
+    def glued(self) -> bool:
+        """Whether there are words that cannot be told apart."""
+        return not self.words and len(self.tokens) > 2
+
 
 def read_prompt(clip: Any, text: str, name: str) -> Prompt:
     """Tokens, words and conditioning of a prompt.
@@ -40,14 +45,15 @@ def read_prompt(clip: Any, text: str, name: str) -> Prompt:
     chunks = next(iter(tokens.values()))
     if len(chunks) != 1:
         raise ValueError(f"{name} takes {len(chunks)} rounds of 75 tokens; words are aligned within one. Shorten the prompt.")
-    ids = _without_padding(clip, chunks[0])
+    end = _first_row(clip.tokenize(""))[1][0]
+    ids = _without_padding(chunks[0], end)
     [[conditioning, _], *_] = clip.encode_from_tokens_scheduled(tokens)
     if conditioning.shape[1] != LENGTH:
         raise ValueError(
             f"clip makes {conditioning.shape[1]} tokens of {name}; words are aligned in the {LENGTH} of an ordinary CLIP. Take "
             "one that has no longer prompts, such as that of the checkpoint."
         )
-    return Prompt(text, ids, conditioning, _words(clip, text, len(ids) - 2))
+    return Prompt(text, ids, conditioning, _words(clip, text, len(ids) - 2, end))
 
 
 def same_conditioning(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -65,7 +71,7 @@ def places(prompt: Prompt, phrase: str, name: str) -> list[int]:
         ValueError: A word that the prompt does not have.
     """
     found = []
-    if phrase.split() and not prompt.words and len(prompt.tokens) > 2:
+    if phrase.split() and prompt.glued:
         raise ValueError(f'the words of {name} cannot be told apart: "{prompt.text}". Put spaces between them.')
     for wanted in phrase.split():
         hits = [word for word in prompt.words if bare(word.text).lower() == bare(wanted).lower()]
@@ -80,9 +86,8 @@ def bare(word: str) -> str:
     return word.rstrip(MARKS) or word
 
 
-def _without_padding(clip: Any, row: list[tuple]) -> list[Hashable]:
+def _without_padding(row: list[tuple], end: int) -> list[Hashable]:
     """Tokens up to the first end. An embedding's vectors are told apart by their numbers."""
-    end = _first_row(clip.tokenize(""))[1][0]
     ids = [tuple(token.tolist()) if isinstance(token, torch.Tensor) else token for token, *_ in row]
     return ids[: ids.index(end) + 1] if end in ids else ids
 
@@ -92,13 +97,13 @@ def _first_row(tokens: dict[str, list]) -> list[tuple]:
     return next(iter(tokens.values()))[0]
 
 
-def _words(clip: Any, text: str, tokens: int) -> list[Word]:
+def _words(clip: Any, text: str, tokens: int, end: int) -> list[Word]:
     """The words between spaces; none where they do not make up the prompt (embeddings)."""
     plain = "".join(unescape_important(part) for part, _ in token_weights(escape_important(text), 1.0))
     words, start = [], 1
     for word in plain.split():
         each = (word, bare(word))
-        whole, own = (len(_without_padding(clip, _first_row(clip.tokenize(w, disable_weights=True)))) - 2 for w in each)
+        whole, own = (len(_without_padding(_first_row(clip.tokenize(w, disable_weights=True)), end)) - 2 for w in each)
         words.append(Word(word, start, whole, own))
         start += whole
     return words if start - 1 == tokens else []

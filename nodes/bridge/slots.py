@@ -78,7 +78,8 @@ def guard_attention(model: ModelPatcher, patches: Iterable[Callable], node: str,
 
 
 def _origin(patch: object) -> str:
-    if getattr(patch, "owner", ""):
-        return patch.owner
+    owner = getattr(getattr(patch, "__self__", patch), "owner", "")  # of a method, its object's
+    if owner:
+        return owner
     kind = patch if hasattr(patch, "__qualname__") else type(patch)
     return f"{kind.__qualname__} of {kind.__module__}"

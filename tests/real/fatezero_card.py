@@ -20,6 +20,7 @@ DEFAULTS = {
     "reweight": "", "blend_words": "", "blend_threshold": 0.3, "blend_latents": False, "context": "mid", "min_channels": 640,
     "joint_norm": False, "blocks": "input_4-8, middle, output_0-8", "blend_timing": "official",
 }  # fmt: skip
+BLENDED = {"blend_words": "red star | blue star", "blend_latents": True, "blend_threshold": None}
 
 
 class Places(NamedTuple):
@@ -31,19 +32,19 @@ class Places(NamedTuple):
 
 
 def blocks(**numbers):
-    return {(f"{side}_blocks", i) for side, several in numbers.items() for i in several} | {("middle_block", 0)}
+    return {(f"{side}_blocks", i) for side, several in numbers.items() for i in several}
 
 
 MIDDLE = {("middle_block", 0)}
 SD15 = Places(
-    fused=blocks(input=(4, 5, 7, 8), output=range(3, 9)),
-    narrower=blocks(input=(4, 5), output=(6, 7, 8)) - MIDDLE,
-    looked_at=blocks(input=(7, 8), output=(3, 4, 5)) - MIDDLE,
+    fused=blocks(input=(4, 5, 7, 8), output=range(3, 9)) | MIDDLE,
+    narrower=blocks(input=(4, 5), output=(6, 7, 8)),
+    looked_at=blocks(input=(7, 8), output=(3, 4, 5)),
 )
 SDXL = Places(
-    fused=blocks(input=(4, 5, 7, 8), output=range(6)),
-    narrower=blocks(input=(4, 5), output=(3, 4, 5)) - MIDDLE,
-    looked_at=blocks(input=(7, 8), output=(0, 1, 2)) - MIDDLE,
+    fused=blocks(input=(4, 5, 7, 8), output=range(6)) | MIDDLE,
+    narrower=blocks(input=(4, 5), output=(3, 4, 5)),
+    looked_at=blocks(input=(7, 8), output=(0, 1, 2)),
 )
 
 
@@ -74,13 +75,13 @@ def edit(pack, demo, trajectory, model=None, **changes):
     return node.execute(model=model or demo[0], trajectory=trajectory, clip=demo[1], **{**DEFAULTS, **changes}).result
 
 
-def sample(demo, model, start, sigmas, positive=TARGET, negative=NEGATIVE, cfg=CFG, **options):
+def sample(demo, model, start, sigmas, positive=TARGET, negative=NEGATIVE, cfg=CFG, noise=None, sampler="euler", **options):
     guider = comfy.samplers.CFGGuider(model)
     positive, negative = (text(demo[1], p) if isinstance(p, str) else p for p in (positive, negative))
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
-    euler = comfy.samplers.sampler_object("euler")
-    return guider.sample(torch.zeros_like(start), start, euler, sigmas, disable_pbar=True, seed=0, **options)
+    noise, sampler = torch.zeros_like(start) if noise is None else noise, comfy.samplers.sampler_object(sampler)
+    return guider.sample(noise, start, sampler, sigmas, disable_pbar=True, seed=0, **options)
 
 
 # ------------------------------------------------------------------------------ the oracle: no code of the pack in it

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from fatezero_card import (
+    BLENDED,
     FRAMES,
     LONGER,
     SD15,
@@ -27,7 +28,6 @@ from models import clip_latents, prompt, tiny_clip, tiny_model
 import nodes as core
 from stem.metrics import psnr
 
-BLENDED = {"blend_words": "red star | blue star", "blend_latents": True, "blend_threshold": None}
 CASES = [
     pytest.param(0, {}, id="all"),
     pytest.param(0, {"attention": "replace"}, id="replace"),

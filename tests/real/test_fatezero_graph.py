@@ -10,7 +10,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_execution.graph_utils import ExecutionBlocker
 from comfy_extras.nodes_custom_sampler import DualCFGGuider
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
-from fatezero_card import CFG, FRAMES, NEGATIVE, STEPS, TARGET, card_step, edit, near, sample, step_of, text
+from fatezero_card import BLENDED, CFG, FRAMES, NEGATIVE, STEPS, TARGET, card_step, edit, near, sample, step_of, text
 from models import tiny_controlnet, tiny_model
 
 import nodes as core
@@ -84,10 +84,7 @@ def test_guidance_and_higher_orders_find_the_source_of_the_level_as_it_was(pack,
     out = sample(demo, PerturbedAttentionGuidance.execute(edited, 100.0).result[0], noise["samples"], sigmas[:3])
     assert len(alive) == 2 and not torch.allclose(out, sample(demo, edited, noise["samples"], sigmas[:3]), atol=1e-3)
     del alive[:]
-    guider = comfy.samplers.CFGGuider(edited)
-    guider.set_conds(text(demo[1], TARGET), text(demo[1], NEGATIVE))
-    start = noise["samples"]
-    guider.sample(torch.zeros_like(start), start, comfy.samplers.sampler_object("heun"), sigmas[:3], disable_pbar=True)
+    sample(demo, edited, noise["samples"], sigmas[:3], sampler="heun")
     assert len(alive) == 3, "of four calls at three levels"
 
 
@@ -124,11 +121,10 @@ def test_latents_are_blended_after_all_guidance(pack, demo, bare, inverted_demo,
     """Outside of the words the step ends on the source's latents, whatever acts on the prediction."""
     trajectory, step = inverted_demo[2], 3
     x = near(trajectory, step)
-    case = {"blend_words": "red star | blue star", "blend_latents": True, "blend_threshold": None}
-    _, official = card_step(bare, demo[1], trajectory, x, step, case)
+    _, official = card_step(bare, demo[1], trajectory, x, step, BLENDED)
     outside = official.mask_of_latents() == 0
     assert 0.02 < float(outside.float().mean()) < 0.98
-    edited = edit(pack, demo, trajectory, **{**case, "blend_threshold": official.case["blend_threshold"]})[0]
+    edited = edit(pack, demo, trajectory, **{**BLENDED, "blend_threshold": official.case["blend_threshold"]})[0]
     guider = comfy.samplers.CFGGuider(edited)
     target, negative = text(demo[1], TARGET), text(demo[1], NEGATIVE)
     if how == "perturbed attention":
@@ -297,9 +293,8 @@ def test_joint_norms_can_be_queued_again_with_other_words(pack, demo, inverted_d
 def test_a_call_for_another_prompt_alone_is_plain(pack, demo, bare, inverted_demo):
     """As guidance nodes make it after the main call: nothing of the source in it, nothing of it in the masks."""
     trajectory = inverted_demo[2]
-    settings = {"blend_words": "red star | blue star", "blend_latents": True, "blend_threshold": None}
-    _, official = card_step(bare, demo[1], trajectory, near(trajectory, 3), 3, settings)
-    settings["blend_threshold"] = official.case["blend_threshold"]
+    _, official = card_step(bare, demo[1], trajectory, near(trajectory, 3), 3, BLENDED)
+    settings = {**BLENDED, "blend_threshold": official.case["blend_threshold"]}
     outs, alone = [], []
     for asked in (False, True):
         edited = edit(pack, demo, trajectory, **settings)[0]
@@ -324,11 +319,7 @@ def test_a_masked_clip_sampled_from_halfway_keeps_the_source_outside(pack, demo,
     mask = torch.zeros(FRAMES, 1, 128, 128)
     mask[..., :64] = 1
     edited = edit(pack, demo, trajectory)[0]
-    guider = comfy.samplers.CFGGuider(edited)
-    guider.set_conds(text(demo[1], TARGET), text(demo[1], NEGATIVE))
-    guider.set_cfg(CFG)
-    euler = comfy.samplers.sampler_object("euler")
-    out = guider.sample(torch.ones_like(clean), clean, euler, sigmas[4:], denoise_mask=mask, disable_pbar=True, seed=0)
+    out = sample(demo, edited, clean, sigmas[4:], noise=torch.ones_like(clean), denoise_mask=mask)
     assert float((out - clean)[..., 8:].norm() / clean[..., 8:].norm()) < 1e-5 and not torch.allclose(out, clean, atol=0.05)
 
 
@@ -475,13 +466,8 @@ def test_context_windows_are_refused(pack, demo, inverted_demo):
 
 def test_other_samplers_are_refused_where_latents_are_blended(pack, demo, inverted_demo):
     noise, sigmas, trajectory, _ = inverted_demo
-    blending = {"blend_words": "red star | blue star", "blend_latents": True}
-    guider = comfy.samplers.CFGGuider(edit(pack, demo, trajectory, **blending)[0])
-    guider.set_conds(text(demo[1], TARGET), text(demo[1], NEGATIVE))
-    start = noise["samples"]
+    blending = edit(pack, demo, trajectory, blend_words="red star | blue star", blend_latents=True)[0]
     with pytest.raises(ValueError, match=r"STEMFateZero: blend_latents works on the straight steps of euler and ddim"):
-        guider.sample(torch.zeros_like(start), start, comfy.samplers.sampler_object("heun"), sigmas[:3], disable_pbar=True)
-    guider = comfy.samplers.CFGGuider(edit(pack, demo, trajectory)[0])
-    guider.set_conds(text(demo[1], TARGET), text(demo[1], NEGATIVE))
-    out = guider.sample(torch.zeros_like(start), start, comfy.samplers.sampler_object("heun"), sigmas[:3], disable_pbar=True)
+        sample(demo, blending, noise["samples"], sigmas[:3], sampler="heun")
+    out = sample(demo, edit(pack, demo, trajectory)[0], noise["samples"], sigmas[:3], sampler="heun")
     assert out.isfinite().all()

@@ -1,0 +1,15 @@
+"""Errors that name the node they belong to."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def named_by(node: str) -> Iterator[None]:
+    """Puts a node's id in front of a ValueError, where it is not there already."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(f"{node}: "):
+            raise
+        raise ValueError(f"{node}: {error}") from error
