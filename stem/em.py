@@ -6,19 +6,21 @@ that no token chooses becomes zero and stays so: in the attention it is a sink o
 because the official code keeps it.
 """
 
+import math
 from collections.abc import Callable
 from hashlib import blake2b
 from typing import Literal
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange, reduce, repeat
 from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 EPSILON = 1e-4
 """Added to norms and to the mass of a basis, as in the official code: a dead basis is zero instead of NaN."""
 
-CPU_BLOCK = 2**20
-"""Numbers in the responsibilities of a block, 4 MiB in float32, that stay in the cache of a CPU. Two such arrays are alive."""
+CPU_BLOCK = 2**19
+"""Numbers in the responsibilities of a block, 2 MiB in float32, that stay in the cache of a CPU."""
 
 ACCELERATOR_BLOCK = 2**25
 """On other devices large blocks save kernel launches: 128 MiB."""
@@ -32,9 +34,11 @@ def estimate_basis(
     temperature: float = 0.01,
     initial: Tensor | None = None,
     seed: int = 0,
-    method: Literal["auto", "dense", "blockwise"] = "auto",
+    method: Literal["auto", "dense", "blockwise", "fused"] = "auto",
     block_tokens: int | None = None,
     check: Callable[[], None] | None = None,
+    start: Literal["gaussian", "tokens"] = "gaussian",
+    every: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Bases of the keys by expectation maximisation, and the values that belong to them.
 
@@ -50,12 +54,16 @@ def estimate_basis(
         temperature: of the softmax over the bases.
         initial: the bases to start from, (h, m, d); None draws them with `initial_bases`.
         seed: of that draw.
-        method: "dense" holds the responsibilities of all tokens at once, (h, n, m); "blockwise" those of one
-            block of tokens at a time, and adds up its sums; "auto" is blockwise. They differ in the order of
-            summation alone. At low temperatures later iterations enlarge that difference, as any rounding,
+        method: how an iteration is computed. "dense" holds the responsibilities of all tokens at once, (h, n, m);
+            "blockwise" those of one block of tokens at a time, and adds up its sums; "fused" is two attentions,
+            and holds a float32 copy of keys and values; "auto" is blockwise. They differ in rounding alone, fused by
+            about the last digits of a float32 score. At low temperatures later iterations enlarge that difference
             wherever two bases contend for a token.
         block_tokens: tokens in a block; None takes a size that suits the device.
         check: called before every block, so that a host can raise from it to cancel.
+        start: kind of that draw. The paper's is "gaussian".
+        every: all iterations but the last read every so-manieth token only. The paper's is 1. An odd number
+            spreads over all columns of a picture.
 
     Returns:
         Bases of the keys mu and of the values nu, (h, m, d) each, in the dtype of the keys. Half precision is
@@ -66,49 +74,60 @@ def estimate_basis(
 
     Source: the EM of the self-attention layers in the official code, from which we differ in precision only.
     """
-    _check_arguments(keys, values, num_bases, iterations, temperature, initial, method, block_tokens)
+    _check_arguments(keys, values, num_bases, iterations, temperature, initial, method, block_tokens, start, every)
     heads, tokens, _ = keys.shape
-    if method == "dense":
-        block_tokens = tokens
-    elif block_tokens is None:
-        numbers = CPU_BLOCK if keys.device.type == "cpu" else ACCELERATOR_BLOCK
-        block_tokens = max(1, numbers // (heads * num_bases))
+    iterate = {"dense": _dense, "fused": _fused}.get(method, _blockwise)
+    block_tokens = min(tokens, block_tokens or max(1, _block_numbers(keys) // (heads * num_bases)))
     with torch.no_grad():
         if initial is None:
-            mu = initial_bases(keys, num_bases, seed)
+            mu = initial_bases(keys, num_bases, seed, start)
         else:
             mu = initial.to(keys.device, _working_dtype(keys))
         for _ in range(iterations - 1):
-            (mu,) = _iterate(mu, (keys,), temperature, block_tokens, check)
-        mu, nu = _iterate(mu, (keys, values), temperature, block_tokens, check)
+            (mu,) = iterate(mu, (keys[:, ::every],), temperature, block_tokens, check)
+        mu, nu = iterate(mu, (keys, values), temperature, block_tokens, check)
     # One token that is not finite spoils the sums of every basis, so a look at the few bases suffices.
     if not (mu.isfinite().all() and nu.isfinite().all()):
         raise ValueError(_not_finite(keys=keys, values=values, initial=initial))
     return mu.to(keys.dtype), nu.to(keys.dtype)
 
 
-def initial_bases(keys: Tensor, num_bases: int, seed: int) -> Tensor:
-    """Random bases around the mean key: mean + std * g, per head and channel.
-
-    g ~ N(0, 1) is drawn on the CPU in float32, the same for every device and precision.
+def initial_bases(keys: Tensor, num_bases: int, seed: int, start: Literal["gaussian", "tokens"] = "gaussian") -> Tensor:
+    """Random bases to start from, drawn on the CPU, the same for every device and precision.
 
     Args:
         keys: (h, n, d).
         num_bases: number of bases m.
         seed: 0 to 2**64 - 1.
+        start: "gaussian" draws around the mean key, mean + std * g per head and channel, g ~ N(0, 1), as the paper
+            does. "tokens" takes keys themselves, one at random out of each of m equal parts of the tokens. Their own
+            direction is the one that they choose, so none of these is dead in the first iteration.
 
     Returns:
         (h, m, d) on the device of the keys, float32, or float64 for float64 keys. The std is that of a sample
         (n - 1); the std of a single token is 0.
     """
     heads, tokens, channels = keys.shape
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator, work = torch.Generator("cpu").manual_seed(seed), _working_dtype(keys)
+    if start == "tokens":
+        edges = torch.arange(num_bases + 1, device="cpu") * tokens // num_bases
+        place = torch.randint(2**62, (heads, num_bases), generator=generator, device="cpu")
+        place = edges[:-1] + place % edges.diff().clamp(min=1)
+        return keys.gather(1, repeat(place.to(keys.device), "h m -> h m d", d=channels)).to(work)
     g = torch.randn(heads, num_bases, channels, generator=generator, device="cpu", dtype=torch.float32)
-    work, correction = _working_dtype(keys), min(1, tokens - 1)
-    # Head by head, so that of half-precision keys no more than one head is copied to float32 at a time.
-    moments = [torch.std_mean(k.to(work), dim=0, correction=correction) for k in keys]
-    std, mean = (rearrange(list(moment), "h d -> h 1 d") for moment in zip(*moments, strict=True))
+    mean, std = _moments(keys)
     return mean + std * g.to(keys.device, work)
+
+
+def revive_bases(bases: Tensor, fresh: Tensor) -> Tensor:
+    """Bases of an earlier estimate to start another one from: where they are dead, the fresh ones take their place.
+
+    Args:
+        bases: (h, m, d), from `estimate_basis` at a near noise level.
+        fresh: (h, m, d), from `initial_bases`.
+    """
+    norm = bases.norm(dim=-1, keepdim=True)
+    return torch.where(norm > EPSILON * norm.amax(dim=1, keepdim=True), bases.to(fresh), fresh)
 
 
 def derive_seed(seed: int, *parts: int | str) -> int:
@@ -125,31 +144,107 @@ def derive_seed(seed: int, *parts: int | str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _iterate(
+def _dense(mu: Tensor, tokens: tuple[Tensor, ...], temperature: float, _: int, check: Callable | None) -> tuple[Tensor, ...]:
+    """One E and one M step as the equations have them: weighted means of each of `tokens`, the first of which are the keys."""
+    if check is not None:
+        check()
+    tokens = [x.to(mu.dtype) for x in tokens]
+    z = torch.softmax(torch.bmm(tokens[0], _directions(mu, temperature)), dim=-1)
+    mass = rearrange(reduce(z, "h n m -> h m", "sum") + EPSILON, "h m -> h m 1")
+    z = rearrange(z, "h n m -> h m n")
+    return tuple(torch.bmm(z, x) / mass for x in tokens)
+
+
+def _blockwise(
     mu: Tensor, tokens: tuple[Tensor, ...], temperature: float, block_tokens: int, check: Callable | None
 ) -> tuple[Tensor, ...]:
-    """One E and one M step: weighted means of each of `tokens`, the first of which are the keys."""
-    directions = mu / (mu.norm(dim=-1, keepdim=True) + EPSILON)
-    directions = rearrange(directions / temperature, "h m d -> h d m").contiguous()
-    mass, sums = mu.new_zeros(mu.shape[:2]), [torch.zeros_like(mu) for _ in tokens]
+    """The same, block by block of tokens, in memory that is used again.
+
+    A block is copied to one matrix of keys, values and a column of ones, so that its responsibilities are read once:
+    their product with it has all sums, the mass in the last row.
+    """
+    heads, bases, channels = mu.shape
+    columns = len(tokens) * channels + 1
+    # With the long side last the product is faster on a CPU than as (h, m, columns).
+    directions, sums = _directions(mu, temperature), mu.new_zeros(heads, columns, bases)
+    x_memory, z_memory = (mu.new_empty(heads * block_tokens * numbers) for numbers in (columns, bases))
     for block in zip(*(x.split(block_tokens, dim=1) for x in tokens), strict=True):
         if check is not None:
             check()
-        block = [x.to(mu.dtype) for x in block]
-        z = torch.softmax(torch.bmm(block[0], directions), dim=-1)
-        mass += reduce(z, "h n m -> h m", "sum")
-        z = rearrange(z, "h n m -> h m n")
-        for total, x in zip(sums, block, strict=True):
-            total.baddbmm_(z, x)
-    mass = rearrange(mass, "h m -> h m 1") + EPSILON
-    return tuple(total / mass for total in sums)
+        size = block[0].shape[1]
+        x, z = _begin(x_memory, heads, size, columns), _begin(z_memory, heads, size, bases)
+        for i, token in enumerate(block):
+            x[..., i * channels : (i + 1) * channels] = token
+        x[..., -1] = 1
+        torch.bmm(x[..., :channels], directions, out=z)
+        _softmax_(z)
+        sums.baddbmm_(rearrange(x, "h n c -> h c n"), z)
+    means = rearrange(sums[:, :-1] / (sums[:, -1:] + EPSILON), "h (i d) m -> i h m d", d=channels)
+    return tuple(mean.contiguous() for mean in means)
+
+
+def _softmax_(z: Tensor) -> None:
+    """Softmax over the last dimension, in place.
+
+    On a CPU what would come out too small for a normal float is made the least that is one (about 1e-37): the smaller ones
+    take twice the time, and many are, where scores span hundreds. In all sums they count for nothing either way.
+    """
+    if z.device.type == "cpu":
+        least = math.log(torch.finfo(z.dtype).tiny * z.shape[-1]) + 1
+        torch.maximum(z, z.amax(dim=-1, keepdim=True) + least, out=z)
+    torch.softmax(z, dim=-1, out=z)
+
+
+def _fused(
+    mu: Tensor, tokens: tuple[Tensor, ...], temperature: float, block_tokens: int, check: Callable | None
+) -> tuple[Tensor, ...]:
+    """The same as attention of bases over tokens, by PyTorch's kernel: z = exp(score - lse), lse over the bases of a token.
+
+    -lse goes in as one more channel of the keys, which the bases have as 1. Softmax divides by the sum of z; one more token
+    of weight 1e-4 and value 0 makes that the mass of the equations.
+    """
+    channels = mu.shape[-1]
+    directions = _directions(mu, temperature)
+    keys, *others = (pad(x.to(mu.dtype), (0, 1, 0, 1)) for x in tokens)  # one more channel, one more token
+    keys[:, -1, -1] = math.log(EPSILON)
+    for block in keys[:, :-1].split(block_tokens, dim=1):
+        if check is not None:
+            check()
+        block[..., -1] = -torch.logsumexp(torch.bmm(block[..., :-1], directions), dim=-1)
+    queries = pad(rearrange(directions, "h d m -> 1 h m d"), (0, 1), value=1.0)
+    keys, *others = (rearrange(x, "h n d -> 1 h n d") for x in (keys, *others))
+    means = (scaled_dot_product_attention(queries, keys, x, scale=1.0) for x in (keys, *others))
+    return tuple(rearrange(x[..., :channels], "1 h m d -> h m d").contiguous() for x in means)
+
+
+def _begin(memory: Tensor, *shape: int) -> Tensor:
+    return memory[: math.prod(shape)].view(shape)
+
+
+def _directions(mu: Tensor, temperature: float) -> Tensor:
+    """What keys are multiplied with to have scores: mu / (|mu| + 1e-4) / temperature, (h, d, m)."""
+    directions = mu / (mu.norm(dim=-1, keepdim=True) + EPSILON)
+    return rearrange(directions / temperature, "h m d -> h d m").contiguous()
+
+
+def _moments(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per head and channel, (h, 1, d) each, in two passes over blocks of tokens."""
+    heads, tokens, channels = keys.shape
+    blocks, work = keys.split(max(1, _block_numbers(keys) // (heads * channels)), dim=1), _working_dtype(keys)
+    mean = sum(reduce(x.to(work), "h n d -> h 1 d", "sum") for x in blocks) / tokens
+    squares = sum(reduce((x.to(work) - mean).square_(), "h n d -> h 1 d", "sum") for x in blocks)
+    return mean, (squares / max(1, tokens - 1)).sqrt()
+
+
+def _block_numbers(keys: Tensor) -> int:
+    return CPU_BLOCK if keys.device.type == "cpu" else ACCELERATOR_BLOCK
 
 
 def _working_dtype(keys: Tensor) -> torch.dtype:
     return torch.promote_types(keys.dtype, torch.float32)
 
 
-def _check_arguments(keys, values, num_bases, iterations, temperature, initial, method, block_tokens) -> None:
+def _check_arguments(keys, values, num_bases, iterations, temperature, initial, method, block_tokens, start, every) -> None:
     if keys.ndim != 3 or 0 in keys.shape:
         raise ValueError(f"keys have the shape {tuple(keys.shape)}; give (heads, tokens, channels), none of them 0.")
     if values.shape != keys.shape:
@@ -160,6 +255,7 @@ def _check_arguments(keys, values, num_bases, iterations, temperature, initial, 
         ("num_bases", num_bases),
         ("iterations", iterations),
         ("block_tokens", block_tokens),
+        ("every", every),
     ):
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}; give at least 1.")
@@ -168,8 +264,10 @@ def _check_arguments(keys, values, num_bases, iterations, temperature, initial, 
     needed = (keys.shape[0], num_bases, keys.shape[2])
     if initial is not None and tuple(initial.shape) != needed:
         raise ValueError(f"initial has the shape {tuple(initial.shape)}; give (heads, bases, channels) = {needed}.")
-    if method not in ("auto", "dense", "blockwise"):
-        raise ValueError(f'method is "{method}"; give "auto", "dense" or "blockwise".')
+    if method not in ("auto", "dense", "blockwise", "fused"):
+        raise ValueError(f'method is "{method}"; give "auto", "dense", "blockwise" or "fused".')
+    if start not in ("gaussian", "tokens"):
+        raise ValueError(f'start is "{start}"; give "gaussian" or "tokens".')
 
 
 def _not_finite(**tensors: Tensor | None) -> str:
