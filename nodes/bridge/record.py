@@ -25,6 +25,7 @@ class BasisRecord:
         self.rank = {uuid: rank for rank, uuid in enumerate(uuids)}
         self.found: dict[tuple[str, int], tuple[int, int, Tensor, Tensor]] = {}
         self.grouped = False
+        self._latest: dict[tuple, Tensor] = {}
         self._lock = Lock()  # core samples conditionings on several devices at a time
 
     def add(self, block: str, sigma: float, uuid: object, first_frame: int, keys: Tensor, values: Tensor) -> None:
@@ -36,6 +37,13 @@ class BasisRecord:
                 self.found.clear()
             if not self.grouped and (known is None or rank < known[0]):
                 self.found[place] = (rank, first_frame, keys.to(intermediate_device()), values.to(intermediate_device()))
+
+    def latest(self, block: str, uuid: object, frames: list[int]) -> Tensor | None:
+        """Bases of the keys (h, m, d) that these frames had at the level before, where the run keeps them."""
+        return self._latest.get((block, uuid, tuple(frames)))
+
+    def keep_latest(self, block: str, uuid: object, frames: list[int], keys: Tensor) -> None:
+        self._latest[block, uuid, tuple(frames)] = keys
 
     def basis(self, frame_ids: tuple[int, ...], total_frames: int, settings: BasisSettings, model: ModelFingerprint) -> Basis:
         """All that was recorded; the record is empty afterwards.

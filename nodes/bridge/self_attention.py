@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...stem.attention import all_frames, basis_context, first_previous, pool_tokens
 from ...stem.basis import Basis, BasisSettings, bases_at
-from ...stem.em import derive_seed, estimate_basis
+from ...stem.em import derive_seed, estimate_basis, initial_bases, revive_bases
 from .attend import attend
 from .frames import frames_of_call
 from .layout import Layout, block_of_call, slot_of
@@ -63,19 +63,36 @@ class EstimatedBases:
         group = self.settings.frames_per_em or len(k)
         for start in range(0, len(k), group):
             keys, values = (pool_tokens(w[start : start + group], call.heads) for w in (k, v))
-            mu, nu = estimate_basis(
-                keys,
-                values,
-                num_bases=self.settings.num_bases,
-                iterations=self.settings.iterations,
-                temperature=self.settings.temperature,
-                seed=self.seed(call, start),
-                check=throw_exception_if_processing_interrupted,
-            )
+            mu, nu = self.estimate(keys, values, call, start)
             record = call.options.get(RECORD)
             if record is not None:
                 record.add(call.block, call.sigma, call.uuid, call.frames[start], mu, nu)
             yield Context(min(group, len(k) - start), basis_context(mu, 1), basis_context(nu, 1))
+
+    def estimate(self, keys: Tensor, values: Tensor, call: Call, start: int) -> tuple[Tensor, Tensor]:
+        """Bases of the group of frames that begins at row `start` of the call."""
+        settings, seed, record = self.settings, self.seed(call, start), call.options.get(RECORD)
+        frames = call.frames[start : start + (settings.frames_per_em or len(call.frames))]
+        initial, iterations = None, settings.iterations
+        warm = settings.warm_iterations and record is not None
+        if warm and (before := record.latest(call.block, call.uuid, frames)) is not None:
+            initial = revive_bases(before.to(keys.device), initial_bases(keys, settings.num_bases, seed, settings.start))
+            iterations = settings.warm_iterations
+        mu, nu = estimate_basis(
+            keys,
+            values,
+            num_bases=settings.num_bases,
+            iterations=iterations,
+            temperature=settings.temperature,
+            initial=initial,
+            seed=seed,
+            check=throw_exception_if_processing_interrupted,
+            start=settings.start,
+            every=settings.every,
+        )
+        if warm:
+            record.keep_latest(call.block, call.uuid, frames, mu)
+        return mu, nu
 
     def seed(self, call: Call, start: int) -> int:
         """Of the initial bases of the group of frames that begins at row `start` of the call."""

@@ -256,6 +256,32 @@ def test_the_recorded_bases_are_those_of_the_first_prompt(pack):
     assert not torch.allclose(both.keys[block], other.keys[block], atol=1e-2)
 
 
+def test_a_warm_start_goes_on_from_the_bases_of_the_same_frames_at_the_level_before(pack):
+    attention, record = pack.nodes.bridge.self_attention, pack.nodes.bridge.record
+    settings = pack.stem.basis.BasisSettings(6, 3, 1.0, 0, 0, warm_iterations=1)
+    run = record.BasisRecord(torch.tensor([0.5, 1.0, 2.0]), ("input_1",), ["a", "b"])
+    k, v = torch.randn(2, 2, 5, 16, generator=torch.Generator().manual_seed(0))
+
+    def bases(sigma, warm=True, uuid="a", frames=(3, 4)):
+        choice = attention.EstimatedBases(settings if warm else settings._replace(warm_iterations=0))
+        call = attention.Call("input_1", 2, sigma, list(frames), uuid, {record.RECORD: run})
+        (context,) = choice(k + 0.1 * sigma, v, call)
+        return context.k.reshape(6, 2, 8).transpose(0, 1)
+
+    def one_iteration(mu, sigma):
+        keys = (k + 0.1 * sigma).reshape(10, 2, 8).transpose(0, 1)
+        z = torch.softmax(keys @ (mu / (mu.norm(dim=-1, keepdim=True) + 1e-4)).mT, dim=-1)
+        return z.mT @ keys / (z.sum(1)[..., None] + 1e-4)
+
+    first = bases(0.5)
+    assert torch.equal(first, bases(0.5, warm=False))
+    second = bases(1.0)
+    assert torch.allclose(second, one_iteration(first, 1.0), atol=1e-5)
+    assert torch.allclose(bases(2.0), one_iteration(second, 2.0), atol=1e-5)
+    for other in ({"uuid": "b"}, {"frames": (3, 5)}):
+        assert torch.equal(bases(1.0, **other), bases(1.0, warm=False))
+
+
 def test_context_windows_have_bases_each(pack):
     latents = clip_latents(6)
     windowed = ContextWindowsManualNode.execute(
