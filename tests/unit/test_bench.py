@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stem.scenes import edit_scene, render
-from tools.bench import bases, clips, edit, inversion, report
+from tools.bench import bases, clips, edit, em, em_options, inversion, inversion_cost, report, scale
 from tools.bench.cost import Cost
 
 ONE, TWO = {"psnr": 30.0, "seconds": 2.0}, {"psnr": 20.0, "seconds": 4.0}
@@ -209,3 +209,153 @@ def test_pairs_are_counted_one_by_one():
     assert edit.count(edits, "stem", "fatezero") == {
         **seen, "psnr_over_ddim": 2, "flicker_under_ddim": 2, "psnr_over_middle_frame": 4, "flicker_under_middle_frame": 0
     }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ speed
+
+EM_KEYS = [
+    *("frames", "tokens", "heads", "dim", "dtype", "dense_s", "auto_s"),
+    *("speedup", "dense_mb", "auto_mb", "gemm_fraction"),
+]
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(em, "LEAST", 0.0)
+    monkeypatch.setattr(em, "PRODUCT_ROWS", (8, 16))
+    monkeypatch.setattr(em, "BASES", 4)
+
+
+@pytest.mark.parametrize("dtype", em.DTYPES)
+def test_a_case_of_em_is_measured(short, dtype):
+    done, forms = em.measure(em.Case(frames=2, tokens=9, heads=3, dim=5, dtype=dtype))
+    assert list(done) == EM_KEYS and done["heads"] == 3 and done["dtype"] == dtype
+    assert set(forms) == {"dense", "blockwise", "fused", "auto"} and min(forms.values()) > 0
+    assert done["speedup"] == forms["dense"] / forms["auto"] and done["gemm_fraction"] > 0
+
+
+def test_all_cases_of_em_are_measured_once(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def measure(case):
+        asked.append(case)
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return {**case._asdict(), **dict.fromkeys(em.MEASURES, 1.0)}, dict.fromkeys(em.FORMS, 2.0)
+
+    monkeypatch.setattr(em, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        em.run(tmp_path / "x.json", quick=False)
+    em.run(tmp_path / "x.json", quick=False)
+    assert asked[4] == asked[5] and len(asked) == 16 + 1
+    results = json.loads((tmp_path / "x.json").read_text())
+    assert [list(case) for case in results["cases"]] == [EM_KEYS] * 16 and len(results["forms"]) == 16
+    sizes = {(case["tokens"], case["dim"]) for case in results["cases"]}
+    assert sizes == {(4096, 40), (1024, 80), (256, 160), (64, 160)}
+    assert {(case["frames"], case["dtype"]) for case in results["cases"]} == {
+        (frames, dtype) for frames in (8, 50) for dtype in ("float32", "bfloat16")
+    }
+    assert capsys.readouterr().out.count("bfloat16") == 8
+
+
+def test_operations_of_em_are_those_of_the_paper():
+    """22 n K C for five iterations, of which the attention over the bases (4 n K C) is no part."""
+    assert em.operations(em.Case(8, 4096, 8, 40, "float32")) == 22 * 8 * 4096 * 256 * 320
+
+
+def test_random_tokens_lie_as_a_model_gives_them():
+    keys, values = em.random_tokens(em.Case(3, 100, 2, 40, "float32"))
+    assert keys.shape == values.shape == (2, 300, 40) and keys.stride() == (40, 80, 1)
+    assert keys.norm(dim=-1).mean() == pytest.approx(em.KEY_NORM, rel=0.05)
+
+
+def test_time_of_self_attention_is_that_between_its_projections():
+    class Attention(torch.nn.Module):
+        def __init__(self, seconds):
+            super().__init__()
+            self.to_v, self.to_out, self.seconds = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), seconds
+
+        def forward(self, x):
+            v = self.to_v(x)
+            time.sleep(self.seconds)
+            return self.to_out(v)
+
+    block = torch.nn.ModuleDict({"attn1": Attention(0.05), "attn2": Attention(0.2)})
+    unet = torch.nn.ModuleDict({"a": block})
+    with inversion_cost.SelfAttentionTime(unet) as found:
+        for name in ("attn1", "attn2", "attn1"):
+            block[name](torch.zeros(1, 2))
+    before = found.seconds
+    assert 0.1 <= before < 0.3
+    block["attn1"](torch.zeros(1, 2))
+    assert found.seconds == before
+
+
+def test_costs_are_medians_of_the_rounds_and_compared_with_ddim():
+    row = lambda seconds: {"seconds": seconds, "attn1_seconds": 0.5, "peak_mb": 10.0}  # noqa: E731
+    results = {"rounds": {"methods": {"ddim": [row(1.0), row(4.0), row(2.0)], "stem": [row(1.0)], "all_frames": []}}}
+    inversion_cost.summarise(results)
+    assert results["methods"] == {"ddim": row(2.0), "stem": row(1.0)}
+    beside = inversion_cost.beside_ddim(results["methods"])["stem"]
+    assert beside["of_ddim"] == 0.5 and beside["attn1_of_ddim"] == beside["peak_of_ddim"] == 1
+
+
+@pytest.mark.parametrize(
+    "bench, keys, count",
+    [(inversion_cost, ("methods", "default_attention"), 2 * 4 * 3), (scale, ("cases",), 2 * 6 * 3)],
+)
+def test_interrupted_rounds_go_on_where_they_were(bench, keys, count, monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def measure(*args):
+        asked.append(args)
+        if len(asked) == 9:
+            raise KeyboardInterrupt
+        return dict.fromkeys(bench.MEASURES, float(len(asked)))
+
+    class Demo:
+        text = staticmethod(lambda x: x)
+        encode = staticmethod(lambda x: {"samples": torch.zeros(len(x), 4, 2, 2)})
+
+    monkeypatch.setattr(bench, "measure", measure)
+    if bench is scale:
+        monkeypatch.setattr(bench, "load_demo", Demo)
+        monkeypatch.setattr(bench, "environment", lambda demo: {})
+        monkeypatch.setattr(bench, "SIZE", 8)
+    else:
+        monkeypatch.setattr(bench.comfy, "start", lambda argv: None)
+        monkeypatch.setattr(bench, "full_size_model", lambda pack: None)
+        monkeypatch.setattr(bench, "with_attention", lambda model, part: part)
+        monkeypatch.setattr(bench, "LATENT_SIZE", 2)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(tmp_path / "x.json", quick=False)
+    bench.run(tmp_path / "x.json", quick=False)
+    warm_up = 2  # calls that are not counted, at every start
+    assert len(asked) == count + 1 + 2 * warm_up
+    results = json.loads((tmp_path / "x.json").read_text())
+    assert all(results[key] for key in keys)
+    if bench is scale:
+        cases = {(case["method"], case["frames"]) for case in results["cases"]}
+        assert cases == {(method, n) for method in ("whole_clip", "fixed_basis") for n in (8, 16, 32, 64, 128, 256)}
+    else:
+        assert all(set(results[key]) == {"stem", "ddim", "first_previous", "all_frames"} for key in keys)
+    asked.clear()
+    bench.run(tmp_path / "x.json", quick=False)
+    assert asked == []
+
+
+def test_options_of_em_are_compared_with_the_paper_clip_by_clip():
+    row = lambda psnr, flicker: {"psnr": psnr, "flicker": flicker}  # noqa: E731
+    found = {
+        "a": {"as the paper": row(40.0, 0.02), "3 iterations": row(41.0, 0.01)},
+        "b": {"as the paper": row(30.0, 0.02), "3 iterations": row(29.5, 0.03)},
+    }
+    rows = em_options.beside_the_paper(found)
+    assert rows["3 iterations"] == pytest.approx({"psnr": 35.25, "flicker": 0.02, "psnr_worst": -0.5, "flicker_worst": 0.01})
+    assert rows["as the paper"]["psnr_worst"] == rows["as the paper"]["flicker_worst"] == 0
+
+
+def test_the_first_estimate_of_the_options_is_the_nodes_default():
+    assert em_options.PAPER == em_options.BasisSettings(256, 5, 0.01, 0, 0, start="gaussian", every=1, warm_iterations=0)
+    assert em_options.OPTIONS["as the paper"] == {}
+    assert all(em_options.PAPER._replace(**change) for change in em_options.OPTIONS.values())

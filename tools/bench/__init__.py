@@ -1,1 +1,1 @@
-"""Measurements that the README reports, on the demo model: `python -m tools.bench inversion`, `... bases`."""
+"""Measurements that the README reports: `python -m tools.bench inversion`, `... em` and so on, one file for each."""

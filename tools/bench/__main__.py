@@ -1,4 +1,4 @@
-"""python -m tools.bench {inversion,bases,edit} [--quick] [--json FILE]"""
+"""python -m tools.bench {inversion,bases,edit,em,em-options,inversion-cost,scale} [--quick] [--json FILE]"""
 
 import argparse
 from pathlib import Path
@@ -6,20 +6,28 @@ from pathlib import Path
 import torch
 
 from tools import places
-from tools.bench import bases, edit, inversion, report
+from tools.bench import bases, edit, em, em_options, inversion, inversion_cost, report, scale
 
-BENCHMARKS = {"inversion": inversion.run, "bases": bases.run, "edit": edit.run}
+BENCHMARKS = {
+    "inversion": inversion.run,
+    "bases": bases.run,
+    "edit": edit.run,
+    "em": em.run,
+    "em-options": em_options.run,
+    "inversion-cost": inversion_cost.run,
+    "scale": scale.run,
+}
 
 
 @torch.inference_mode()  # as ComfyUI runs its nodes
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench",
-        description="Measurements on the demo model. The file is written as they go on; after an interruption the same words "
-        "go on from it.",
+        description="Measurements, most of them on the demo model. The file is written as they go on; after an "
+        "interruption the same words go on from it.",
     )
-    parser.add_argument("what", choices=BENCHMARKS, help="ways of inverting compared, the bases looked at, or edits")
-    parser.add_argument("--quick", action="store_true", help="few clips, few steps")
+    parser.add_argument("what", choices=BENCHMARKS, help="what to measure: README and tools/bench/ say more")
+    parser.add_argument("--quick", action="store_true", help="a small part of it")
     parser.add_argument("--json", type=Path, help="results (default: output/bench/<what>[-quick].json)")
     args = parser.parse_args()
     name = args.what + ("-quick" if args.quick else "")
