@@ -1,16 +1,19 @@
 """Finding the noise that a video came from."""
 
+import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..stem.basis import Basis, BasisSettings, check_basis
-from .bridge.inversion import Inversion, checked_latents, invert
+from .bridge.batches import plan_batches
+from .bridge.inversion import Inversion, checked_latents, empty_path, invert
 from .bridge.layout import choose_blocks, read_layout
-from .bridge.self_attention import EstimatedBases, FixedBases, every_frame, first_and_previous_frame
+from .bridge.self_attention import EstimatedBases, FixedBases, every_frame, first_and_previous_frame, together
 from .settings import (
     CATEGORY,
     blocks_input,
     em_iterations_input,
+    frames_per_batch_input,
     frames_per_em_input,
     named,
     num_bases_input,
@@ -20,6 +23,7 @@ from .settings import (
 )
 from .types import StemBasis, StemTrajectory
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
 BASELINES = {"ddim": None, "first_previous": first_and_previous_frame, "all_frames": every_frame}
 
 
@@ -60,6 +64,21 @@ class STEMInvertLatents(io.ComfyNode):
                 temperature_input(),
                 blocks_input(),
                 frames_per_em_input(),
+                frames_per_batch_input(),
+                io.Combo.Input(
+                    "trajectory_dtype",
+                    options=list(DTYPES),
+                    default="float32",
+                    advanced=True,
+                    tooltip="Precision that the latents of the trajectory are kept in. float16 takes half the room.",
+                ),
+                io.Boolean.Input(
+                    "trajectory_on_disk",
+                    default=False,
+                    advanced=True,
+                    tooltip="Keeps the trajectory in ComfyUI's temporary folder, a file for each noise level, instead of in "
+                    "memory. Editors read one level at a time.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -87,6 +106,9 @@ class STEMInvertLatents(io.ComfyNode):
         blocks,
         frames_per_em,
         basis=None,
+        frames_per_batch=0,
+        trajectory_dtype="float32",
+        trajectory_on_disk=False,
     ) -> io.NodeOutput:
         with named(cls):
             layout = read_layout(model)
@@ -103,7 +125,9 @@ class STEMInvertLatents(io.ComfyNode):
             else:
                 settings = BasisSettings(num_bases, em_iterations, temperature, seed, frames_per_em)
                 choice = EstimatedBases(settings)
-            run = invert(model, layout, names, choice, samples, positive, steps, method, settings)
+            batches = plan_batches(model, samples.shape, frames_per_batch, together(choice))
+            path = empty_path(steps, samples.shape, DTYPES[trajectory_dtype], trajectory_on_disk)
+            run = invert(model, layout, names, choice, samples, positive, steps, method, settings, batches, path)
         if basis is None:
             basis = _recorded_basis(run, method, len(samples))
         kept = {name: value for name, value in latents.items() if name != "noise_mask"}

@@ -84,6 +84,18 @@ def blocks_input(default: str = "all", tooltip: str = BLOCKS) -> io.String.Input
     return io.String.Input("blocks", default=default, advanced=True, tooltip=tooltip)
 
 
+def frames_per_batch_input() -> io.Int.Input:
+    return io.Int.Input(
+        "frames_per_batch",
+        default=0,
+        min=0,
+        max=4096,
+        advanced=True,
+        tooltip="Frames that go through the model at once, where each is inverted on its own (with a basis, or method ddim). "
+        "0 = as many as free memory allows. It changes the memory that is needed, not the result.",
+    )
+
+
 def frames_per_em_input() -> io.Int.Input:
     return io.Int.Input(
         "frames_per_em",

@@ -6,6 +6,7 @@ that no token chooses becomes zero and stays so: in the attention it is a sink o
 because the official code keeps it.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from hashlib import blake2b
@@ -24,6 +25,10 @@ CPU_BLOCK = 2**19
 
 ACCELERATOR_BLOCK = 2**25
 """On other devices large blocks save kernel launches: 128 MiB."""
+
+
+LEAST_BLOCK = 64
+"""Tokens that a block is not made smaller than where memory runs out."""
 
 
 def estimate_basis(
@@ -84,12 +89,18 @@ def estimate_basis(
         else:
             mu = initial.to(keys.device, _working_dtype(keys))
         for _ in range(iterations - 1):
-            (mu,) = iterate(mu, (keys[:, ::every],), temperature, block_tokens, check)
-        mu, nu = iterate(mu, (keys, values), temperature, block_tokens, check)
+            (mu,), block_tokens = _with_less_memory(iterate, block_tokens, mu, (keys[:, ::every],), temperature, check)
+        (mu, nu), _ = _with_less_memory(iterate, block_tokens, mu, (keys, values), temperature, check)
     # One token that is not finite spoils the sums of every basis, so a look at the few bases suffices.
     if not (mu.isfinite().all() and nu.isfinite().all()):
         raise ValueError(_not_finite(keys=keys, values=values, initial=initial))
     return mu.to(keys.dtype), nu.to(keys.dtype)
+
+
+def block_bytes(channels: int, num_bases: int, device: torch.device) -> int:
+    """Bytes of the blocks that an estimate works on, for heads of so many channels; they do not grow with the tokens."""
+    numbers = CPU_BLOCK if device.type == "cpu" else ACCELERATOR_BLOCK
+    return int(numbers * (1 + (2 * channels + 1) / num_bases) * torch.float32.itemsize)
 
 
 def initial_bases(keys: Tensor, num_bases: int, seed: int, start: Literal["gaussian", "tokens"] = "gaussian") -> Tensor:
@@ -142,6 +153,18 @@ def derive_seed(seed: int, *parts: int | str) -> int:
     """
     text = repr([(type(part).__name__, str(part)) for part in (seed, *parts)])
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _with_less_memory(iterate, block_tokens: int, mu, tokens, temperature, check) -> tuple[tuple[Tensor, ...], int]:
+    """An iteration, with smaller blocks where memory runs out, and the size that it took; sums differ in rounding alone."""
+    while True:
+        try:
+            return iterate(mu, tokens, temperature, block_tokens, check), block_tokens
+        except torch.OutOfMemoryError:
+            if block_tokens <= LEAST_BLOCK:
+                raise
+        block_tokens = max(LEAST_BLOCK, block_tokens // 2)
+        logging.warning(f"STEM: memory ran out in the estimate of bases; going on with blocks of {block_tokens} tokens.")
 
 
 def _dense(mu: Tensor, tokens: tuple[Tensor, ...], temperature: float, _: int, check: Callable | None) -> tuple[Tensor, ...]:

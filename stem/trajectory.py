@@ -1,6 +1,7 @@
 """Trajectory: the path of a video's latents from clean to noise, which editors follow and compare with.
 
-A NamedTuple of tensors on the CPU, lists and tuples only: ComfyUI's cache counts the memory of nothing else.
+A NamedTuple of tensors on the CPU, lists and tuples only: ComfyUI's cache counts the memory of nothing else. The latents of
+long clips may be kept on disk, or in half precision; `latents_at` reads a level of either.
 """
 
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .basis import BasisSettings, ModelFingerprint
+from .level_files import LevelFiles
 
 
 class InversionSettings(NamedTuple):
@@ -20,7 +22,7 @@ class InversionSettings(NamedTuple):
 
 
 class Trajectory(NamedTuple):
-    latents: Tensor  # (t+1, f, c, height, width) x = z0 + sigma eps in the model's scale, clean to noisiest, CPU
+    latents: Tensor | LevelFiles  # (t+1, f, c, height, width) x = z0 + sigma eps in the model's scale, clean to noisiest
     sigmas: Tensor  # (t+1,) level of each, ascending, CPU
     conditioning: list  # of the source prompt, as the host gave it; opaque here
     settings: InversionSettings
@@ -30,6 +32,11 @@ class Trajectory(NamedTuple):
 def steps_above(trajectory: Trajectory, sigma: float) -> int:
     """How many of the trajectory's levels are noisier: the number of a sampler's step, the noisiest being 0."""
     return int((trajectory.sigmas > sigma * 1.001).sum())
+
+
+def latents_at(trajectory: Trajectory, level: int) -> Tensor:
+    """Latents (f, c, height, width) of one recorded level, float32 on the CPU."""
+    return trajectory.latents[level].float()
 
 
 def latents_between(trajectory: Trajectory, sigma: float | Tensor) -> Tensor:
@@ -48,7 +55,7 @@ def latents_between(trajectory: Trajectory, sigma: float | Tensor) -> Tensor:
             f"sample on the sigmas of its inversion ({trajectory.settings.steps} steps)."
         )
     above = int((sigmas < sigma).sum().clamp(1, len(sigmas) - 1))
-    low, high = trajectory.latents[above - 1], trajectory.latents[above]
+    low, high = latents_at(trajectory, above - 1), latents_at(trajectory, above)
     share = (sigma - float(sigmas[above - 1])) / float(sigmas[above] - sigmas[above - 1])
     return torch.lerp(low, high, min(share, 1.0))
 

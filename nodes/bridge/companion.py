@@ -18,7 +18,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...stem.ddim import to_ddim
-from ...stem.trajectory import Trajectory, check_trajectory, latents_between
+from ...stem.trajectory import Trajectory, check_trajectory, latents_at, latents_between
 from .frames import frames_of_call
 from .layout import Layout, block_of_call
 from .naming import named_by
@@ -203,8 +203,8 @@ class Companion:
             sigmas: Of the sampler.
             adds_noise: Whether it adds noise to them.
         """
-        high, sigma, given = float(self.trajectory.sigmas[-1]), float(sigmas[0]), given.to(self.trajectory.latents)
-        clean, inverted = clean_source(self.trajectory), self.trajectory.latents[-1]
+        high, sigma, given = float(self.trajectory.sigmas[-1]), float(sigmas[0]), given.cpu().float()
+        clean, inverted = clean_source(self.trajectory), latents_at(self.trajectory, -1)
         wanted = clean if adds_noise else latents_between(self.trajectory, sigma)
 
         def near(other: Tensor) -> bool:
@@ -242,12 +242,12 @@ def noise_shape_with_room(model: ModelPatcher, noise_shape: Sequence[int], frame
 
 def clean_source(trajectory: Trajectory) -> Tensor:
     """The source without noise (f, c, height, width), in the model's scale."""
-    return to_ddim(trajectory.latents[0], trajectory.sigmas[0])
+    return to_ddim(latents_at(trajectory, 0), trajectory.sigmas[0])
 
 
 def noise_of_source(trajectory: Trajectory) -> Tensor:
     """eps that leads from the source to the end of its inversion, x = z0 + sigma eps: the card's start at any level."""
-    return (trajectory.latents[-1] - clean_source(trajectory)) / trajectory.sigmas[-1]
+    return (latents_at(trajectory, -1) - clean_source(trajectory)) / trajectory.sigmas[-1]
 
 
 def add_companion(model: ModelPatcher, layout: Layout, trajectory: Trajectory, node: str) -> None:

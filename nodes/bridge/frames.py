@@ -5,6 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+PART = "stem_frames"
+"""Key in `transformer_options`: which rows of the frames of a call are in it, where a long clip is split."""
+
 
 def frames_of_call(q: Tensor, k: Tensor, options: Mapping[str, Any]) -> tuple[int, list[int]]:
     """Chunks of a call (one for each conditioning in it) and the frame number of every row of a chunk.
@@ -36,6 +39,15 @@ def frames_of_call(q: Tensor, k: Tensor, options: Mapping[str, Any]) -> tuple[in
 
 
 def _frame_ids(frames: int, options: Mapping[str, Any]) -> list[int]:
+    """Of the rows of one chunk; those of a part are picked from the numbers of all."""
+    part = options.get(PART)
+    if part is None:
+        return _all_ids(frames, options)
+    ids = _all_ids(part[-1] + 1, options)
+    return [ids[row] for row in part]
+
+
+def _all_ids(frames: int, options: Mapping[str, Any]) -> list[int]:
     animatediff, window = options.get("ad_params") or {}, options.get("context_window")
     if animatediff and window is not None:
         raise ValueError(

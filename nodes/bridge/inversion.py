@@ -1,10 +1,14 @@
 """The inversion as a sampler: core's machinery runs it, and brings offloading, hooks, ControlNet, previews and cancelling."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
+import folder_paths
 import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -13,7 +17,9 @@ from torch import Tensor
 
 from ...stem.basis import BasisSettings
 from ...stem.ddim import inversion_input, inversion_update, noise_levels, start_latent
+from ...stem.level_files import LevelFiles
 from ...stem.trajectory import InversionSettings, Trajectory
+from .batches import Batches, context_memory
 from .companion import editor_on
 from .layout import Layout
 from .record import RECORD, BasisRecord
@@ -27,6 +33,9 @@ GUIDANCE = (
     "disable_cfg1_optimization",
 )
 """Model options by which other nodes (PAG, SAG, RescaleCFG) change the prediction; an inversion takes it as it is."""
+
+
+Levels = Tensor | LevelFiles
 
 
 class Inversion(NamedTuple):
@@ -69,6 +78,8 @@ def invert(
     steps: int,
     method: str,
     basis: BasisSettings | None,
+    batches: Batches,
+    path: Levels,
 ) -> Inversion:
     """Climbs from a clean video to the noise that it came from, with the conditional prediction alone.
 
@@ -81,6 +92,8 @@ def invert(
         positive: Source conditioning.
         steps: 1 to 999.
         method, basis: How, for the trajectory's record.
+        batches: How many frames go through the model at once.
+        path: Of the shape (steps + 1, f, c, height, width), to be filled with the latents of every level.
 
     Raises:
         ValueError: No conditioning, one that leaves levels or parts of the picture out, hooks that change over the
@@ -97,12 +110,12 @@ def invert(
     model = without_guidance(without_own_patches(model))
     if choice is not None:
         model = patch_self_attention(model, layout, blocks, choice)
+    batches.place(model, context_memory(model, layout, blocks, choice, (batches.size, *samples.shape[1:])))
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": positive})
     uuids = [cond["uuid"] for cond in guider.original_conds["positive"]]
     record = BasisRecord(levels[1:], blocks, uuids)
     model.model_options["transformer_options"][RECORD] = record
-    path = torch.empty((steps + 1, *samples.shape), dtype=torch.float32, device="cpu")
     noisy = guider.sample(
         torch.zeros_like(samples),
         samples,
@@ -120,6 +133,21 @@ def invert(
     )
 
 
+def empty_path(steps: int, shape: Sequence[int], dtype: torch.dtype = torch.float32, on_disk: bool = False) -> Levels:
+    """Room for the latents (steps + 1, f, c, height, width) of every level.
+
+    Args:
+        steps: Of the inversion.
+        shape: Of the latents of the clip.
+        dtype: To keep them in.
+        on_disk: In ComfyUI's temporary folder instead of memory, gone with the object or with ComfyUI.
+    """
+    shape = (steps + 1, *shape)
+    if not on_disk:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return LevelFiles(Path(folder_paths.get_temp_directory()) / f"stem_{uuid4().hex}", shape, dtype)
+
+
 def without_guidance(model: ModelPatcher) -> ModelPatcher:
     """A clone of the model without what changes its prediction."""
     model = model.clone()
@@ -128,7 +156,7 @@ def without_guidance(model: ModelPatcher) -> ModelPatcher:
     return model
 
 
-def climb(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable: bool, path: Tensor) -> Tensor:
+def climb(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable: bool, path: Levels) -> Tensor:
     """A sampler function (k-diffusion's form) over rising sigmas (t+1,); fills `path` (t+1, ...) with the latents on the way.
 
     Source: `stem.ddim.inversion_update`.

@@ -26,7 +26,7 @@ def preview_mask(model: ModelPatcher, layout: Layout, trajectory: Trajectory, se
     model.model_options["transformer_options"][PASS] = Pass(of_source=True, source=source, look=True)
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": without_regions(trajectory.conditioning)})
-    start = model.model.process_latent_out(seen_by_the_inversion(trajectory, sigma, trajectory.latents))
+    start = model.model.process_latent_out(seen_by_the_inversion(trajectory, sigma, trajectory.sigmas))
     sigmas = torch.tensor([sigma, 0.0])
     guider.sample(torch.zeros_like(start), start, comfy.samplers.KSAMPLER(_look_once), sigmas, disable_pbar=True, seed=0)
     mask = blend_mask(mean_over_blocks(source.words), settings.threshold, patch.shape[1:])

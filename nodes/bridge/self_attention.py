@@ -110,6 +110,13 @@ class FixedBases:
         yield Context(len(k), basis_context(mu, 1), basis_context(nu, 1))
 
 
+def together(choice: ContextChoice | None) -> int:
+    """How many frames, from the first on, have to share a call for their contexts: 1 for each alone, 0 for all."""
+    if choice is None or isinstance(choice, FixedBases):
+        return 1
+    return choice.settings.frames_per_em if isinstance(choice, EstimatedBases) else 0
+
+
 @dataclass(frozen=True, eq=False)
 class SelfAttentionPatch:
     """The object in core's slot: the same one in every clone and run, so it holds nothing that changes."""
