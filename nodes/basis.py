@@ -4,9 +4,8 @@ import torch
 from comfy_api.latest import io
 
 from ..stem.basis import BasisSettings
-from .bridge.batches import plan_batches
 from .bridge.conditioning import select_frames
-from .bridge.inversion import checked_latents, empty_path, invert
+from .bridge.inversion import checked_latents, invert
 from .bridge.layout import choose_blocks, read_layout
 from .bridge.self_attention import EstimatedBases
 from .settings import (
@@ -71,11 +70,7 @@ class STEMBasisEstimate(io.ComfyNode):
             names = choose_blocks(layout, blocks)
             settings = BasisSettings(num_bases, em_iterations, temperature, seed, frames_per_em=0)
             conditioning = select_frames(positive, ids, frames)
-            chosen = samples[ids]
-            run = invert(
-                model, layout, names, EstimatedBases(settings), chosen, conditioning, steps, "stem", settings,
-                plan_batches(model, chosen.shape, 0, 0), empty_path(steps, chosen.shape),
-            )  # fmt: skip
+            run = invert(model, layout, names, EstimatedBases(settings), samples[ids], conditioning, steps, "stem", settings)
             return io.NodeOutput(run.record.basis(tuple(ids), frames, settings, layout.model))
 
 

@@ -19,11 +19,11 @@ from ...stem.basis import BasisSettings
 from ...stem.ddim import inversion_input, inversion_update, noise_levels, start_latent
 from ...stem.level_files import LevelFiles
 from ...stem.trajectory import InversionSettings, Trajectory
-from .batches import Batches, context_memory
+from .batches import Batches, context_memory, plan_batches
 from .companion import editor_on
 from .layout import Layout
 from .record import RECORD, BasisRecord
-from .self_attention import ContextChoice, patch_self_attention, without_own_patches
+from .self_attention import ContextChoice, patch_self_attention, together, without_own_patches
 
 GUIDANCE = (
     "sampler_calc_cond_batch_function",
@@ -78,8 +78,8 @@ def invert(
     steps: int,
     method: str,
     basis: BasisSettings | None,
-    batches: Batches,
-    path: Levels,
+    batches: Batches | None = None,
+    path: Levels | None = None,
 ) -> Inversion:
     """Climbs from a clean video to the noise that it came from, with the conditional prediction alone.
 
@@ -92,8 +92,9 @@ def invert(
         positive: Source conditioning.
         steps: 1 to 999.
         method, basis: How, for the trajectory's record.
-        batches: How many frames go through the model at once.
-        path: Of the shape (steps + 1, f, c, height, width), to be filled with the latents of every level.
+        batches: How many frames go through the model at once; None: as many as can and fit.
+        path: Of the shape (steps + 1, f, c, height, width), to be filled with the latents of every level; None: float32 in
+            memory.
 
     Raises:
         ValueError: No conditioning, one that leaves levels or parts of the picture out, hooks that change over the
@@ -110,6 +111,8 @@ def invert(
     model = without_guidance(without_own_patches(model))
     if choice is not None:
         model = patch_self_attention(model, layout, blocks, choice)
+    batches = batches or plan_batches(model, samples.shape, 0, together(choice))
+    path = empty_path(steps, samples.shape) if path is None else path
     batches.place(model, context_memory(model, layout, blocks, choice, (batches.size, *samples.shape[1:])))
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": positive})

@@ -83,33 +83,29 @@ def measure(demo: Demo, method: str, samples: torch.Tensor, positive: list, step
     """One inversion of a clip of latents (f, c, height, width); what it needs from before is made before."""
     work = METHODS[method](demo, samples, positive, steps)
     with Cost() as cost:
-        trajectories = work()
-    megabytes = sum(trajectory.latents.nbytes for trajectory in trajectories) / 1e6
+        trajectory = work()
+    megabytes = trajectory.latents.nbytes / 1e6
     return {"seconds_per_frame": cost.seconds / len(samples), "peak_mb": cost.peak_mb, "trajectory_mb": megabytes}
 
 
 def whole_clip(demo: Demo, samples: torch.Tensor, positive: list, steps: int) -> partial:
-    return partial(invert, demo, positive, steps, [samples])
+    return partial(invert, demo, samples, positive, steps)
 
 
 def fixed_basis(demo: Demo, samples: torch.Tensor, positive: list, steps: int) -> partial:
-    """The basis of keyframes over the whole clip; the batches are then inverted one after another."""
+    """The basis of keyframes over the whole clip is made before; with it the frames are inverted in batches."""
     basis = demo.pack.nodes.basis.STEMBasisEstimate.execute(
         model=demo.model, latents={"samples": samples}, positive=positive, steps=steps, keyframes=KEYFRAMES, **BASES
     ).result[0]
-    return partial(invert, demo, positive, steps, samples.split(BATCH), basis)
+    return partial(invert, demo, samples, positive, steps, basis=basis, frames_per_batch=BATCH)
 
 
-def invert(demo: Demo, positive: list, steps: int, batches: Any, basis: Any = None) -> list:
-    """The trajectories of all batches."""
-    node = demo.pack.nodes.invert.STEMInvertLatents
-    return [
-        node.execute(
-            model=demo.model, latents={"samples": batch}, positive=positive, steps=steps, method="stem",
-            frames_per_em=0, basis=basis, **BASES,
-        ).result[2]
-        for batch in batches
-    ]  # fmt: skip
+def invert(demo: Demo, samples: torch.Tensor, positive: list, steps: int, **how: Any) -> Any:
+    """The trajectory."""
+    return demo.pack.nodes.invert.STEMInvertLatents.execute(
+        model=demo.model, latents={"samples": samples}, positive=positive, steps=steps, method="stem", frames_per_em=0,
+        **BASES, **how,
+    ).result[2]  # fmt: skip
 
 
 METHODS = {"whole_clip": whole_clip, "fixed_basis": fixed_basis}

@@ -1,0 +1,272 @@
+"""Inversions in batches of frames, under memory that runs out, and trajectories that are kept small."""
+
+import logging
+
+import comfy.model_management
+import comfy.sampler_helpers
+import comfy.samplers
+import pytest
+import torch
+from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+from fatezero_card import demo_images, encode, text
+from models import clip_latents, prompt, tiny_controlnet, tiny_model
+
+import nodes as core
+from stem.metrics import psnr
+
+FRAMES, STEPS = 7, 4
+INPUTS = {
+    "num_bases": 12, "em_iterations": 2, "temperature": 1.0, "seed": 4, "blocks": "all", "frames_per_em": 0, "steps": STEPS,
+}  # fmt: skip
+
+
+def invert(pack, model, positive=None, latents=None, **changes):
+    """Outputs of STEMInvertLatents: latents, sigmas, trajectory, basis."""
+    inputs = {"method": "ddim", **INPUTS, **changes}
+    latents = clip_latents(FRAMES) if latents is None else latents
+    return pack.nodes.invert.STEMInvertLatents.execute(
+        model=model, latents=latents, positive=positive or prompt(), **inputs
+    ).result
+
+
+def keyframe_basis(pack, model):
+    inputs = {name: value for name, value in INPUTS.items() if name != "frames_per_em"}
+    return pack.nodes.basis.STEMBasisEstimate.execute(
+        model=model, latents=clip_latents(FRAMES), positive=prompt(), keyframes=3, **inputs
+    ).result[0]
+
+
+def difference(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def rows_of(model):
+    """A clone of the model that notes how many frames its UNet is called with."""
+    model, seen = model.clone(), []
+
+    def note(run, told):
+        seen.append(len(told["input"]))
+        return run(told["input"], told["timestep"], **told["c"])
+
+    model.set_model_unet_function_wrapper(note)
+    return model, seen
+
+
+@pytest.mark.parametrize("how", ["ddim", "basis"])
+def test_batches_give_what_the_whole_clip_gives(pack, how):
+    model, seen = rows_of(tiny_model())
+    chosen = {"method": "stem", "basis": keyframe_basis(pack, model)} if how == "basis" else {}
+    whole = invert(pack, model, **chosen)
+    for size, calls in ((3, [3, 3, 1]), (1, [1] * 7), (7, [7]), (100, [7])):
+        seen.clear()
+        parts = invert(pack, model, **chosen, frames_per_batch=size)
+        assert seen == calls * STEPS
+        assert difference(parts[2].latents, whole[2].latents) < 1e-5
+    again = invert(pack, model, **chosen, frames_per_batch=3)
+    assert torch.equal(again[2].latents, invert(pack, model, **chosen, frames_per_batch=3)[2].latents)
+
+
+def test_what_changes_from_frame_to_frame_follows_its_frames(pack):
+    """Prompts, masks and the hints of a ControlNet."""
+    model = tiny_model()
+    hints = torch.rand(FRAMES, 3, 64, 128, generator=torch.Generator().manual_seed(0))
+    control = tiny_controlnet().set_cond_hint(hints)
+    masks = torch.rand(FRAMES, 8, 16, generator=torch.Generator().manual_seed(1)) + 0.1
+    positive = prompt(1, frames=FRAMES, control=control, mask=masks) + prompt(2)
+    whole = invert(pack, model, positive)
+    parts = invert(pack, model, positive, frames_per_batch=3)
+    assert difference(parts[2].latents, whole[2].latents) < 1e-5
+    assert torch.equal(control.cond_hint_original, hints)
+    alike = invert(pack, model, prompt(1) + prompt(2))
+    assert difference(alike[2].latents, whole[2].latents) > 1e-2
+
+
+def test_groups_of_frames_keep_together(pack):
+    """Each with the bases, and so the seeds, of its own frames."""
+    model, seen = rows_of(tiny_model())
+    settings = {"method": "stem", "frames_per_em": 2}
+    whole = invert(pack, model, **settings)
+    seen.clear()
+    parts = invert(pack, model, **settings, frames_per_batch=4)
+    assert seen == [4, 3] * STEPS
+    assert difference(parts[2].latents, whole[2].latents) < 1e-4
+
+
+def test_core_windows_are_split_inside(pack):
+    windows = {
+        "context_length": 4, "context_overlap": 1, "context_schedule": "standard_static", "context_stride": 1,
+        "closed_loop": False, "fuse_method": "pyramid", "dim": 0, "freenoise": False,
+    }  # fmt: skip
+    model = ContextWindowsManualNode.execute(tiny_model(), **windows).result[0]
+    model, seen = rows_of(model)
+    whole = invert(pack, model)
+    assert set(seen) == {4}
+    seen.clear()
+    parts = invert(pack, model, frames_per_batch=3)
+    assert set(seen) == {3, 1}
+    assert difference(parts[2].latents, whole[2].latents) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "stem"}, r"frames_per_batch is 3, but this method looks at all 7 frames at once\..*STEM Basis Estimate"),
+        ({"method": "all_frames"}, r"but this method looks at all 7 frames at once"),
+        ({"method": "stem", "frames_per_em": 2}, r"2 frames share their bases \(frames_per_em\)\. Choose a multiple of 2"),
+    ],
+)
+def test_batches_that_would_part_frames_are_refused(pack, changes, message):
+    with pytest.raises(ValueError, match=f"STEMInvertLatents: .*{message}"):
+        invert(pack, tiny_model(), **changes, frames_per_batch=3)
+
+
+def test_motion_modules_are_not_torn_apart(pack):
+    model = tiny_model()
+    model.model_options["transformer_options"]["ad_params"] = {"sub_idxs": None, "full_length": FRAMES}
+    with pytest.raises(ValueError, match="AnimateDiff's motion modules need their neighbours: set it to 0"):
+        invert(pack, model, frames_per_batch=3)
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+def memory_for(frames, model, monkeypatch):
+    """Lets so many frames of the test's clip fit, by core's estimate."""
+    one = model.model.memory_required([1, 4, 8, 16])
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device=None: 1.5 * one * (frames + 0.5))
+
+
+def test_as_many_frames_as_fit_go_at_once(pack, monkeypatch, caplog):
+    model, seen = rows_of(tiny_model())
+    memory_for(3, model, monkeypatch)
+    with caplog.at_level(logging.INFO):
+        invert(pack, model)
+    assert seen == [3, 3, 1] * STEPS and "3 of 7 frames at once" in caplog.text
+    seen.clear()
+    invert(pack, model, method="stem", frames_per_em=2)
+    assert seen == [2, 2, 2, 1] * STEPS
+    caplog.clear()
+    seen.clear()
+    invert(pack, model, method="stem")
+    assert seen == [7] * STEPS, "its bases are of the whole clip: nothing else would be the same result"
+    assert "by ComfyUI's estimate 3 fit into the free memory" in caplog.text and "STEM Basis Estimate" in caplog.text
+
+
+def test_core_is_told_what_a_batch_needs(pack, monkeypatch):
+    seen, usual = [], comfy.sampler_helpers.estimate_memory
+    monkeypatch.setattr(
+        comfy.sampler_helpers,
+        "estimate_memory",
+        lambda model, shape, conds: seen.append(shape[0]) or usual(model, shape, conds),
+    )
+    model = tiny_model()
+    invert(pack, model)
+    invert(pack, model, frames_per_batch=3)
+    invert(pack, model, method="stem")
+    one = model.model.memory_required([2, 4, 8, 16])
+    widest = 2 * FRAMES * 8 * 16 * 32 * 4  # keys and values of the finest blocks
+    block = pack.stem.em.block_bytes(16, 12, torch.device("cpu"))  # of the coarsest, with the longest heads
+    assert seen[:2] == [7, 3] and seen[2] == 7 + -(-(widest + block) // one)
+
+
+def test_memory_that_runs_out_makes_batches_smaller(pack, caplog):
+    model, seen = rows_of(tiny_model())
+    expected = invert(pack, model)[2].latents
+    noted = model.model_options["model_function_wrapper"]
+
+    def small_card(run, told):
+        if len(told["input"]) > 2:
+            raise torch.OutOfMemoryError("Allocation on device")
+        return noted(run, told)
+
+    model.set_model_unet_function_wrapper(small_card)
+    seen.clear()
+    found = invert(pack, model)[2].latents
+    assert seen == [1] * FRAMES * STEPS and caplog.text.count("memory ran out") == 2
+    assert "memory ran out with 7 frames at once; going on with 3" in caplog.text
+    assert difference(found, expected) < 1e-5
+    seen.clear()
+    assert difference(invert(pack, model, frames_per_batch=4)[2].latents, expected) < 1e-5
+    assert seen == [2, 2, 2, 1] * STEPS
+    with pytest.raises(torch.OutOfMemoryError):
+        invert(pack, model, method="stem")
+
+
+def test_cancelling_between_batches(pack):
+    model, seen = rows_of(tiny_model())
+    expected = invert(pack, model, frames_per_batch=2)[2].latents
+    noted = model.model_options["model_function_wrapper"]
+
+    def cancel(run, told):
+        if len(seen) == 2:
+            comfy.model_management.interrupt_current_processing()
+        return noted(run, told)
+
+    stopping = model.clone()
+    stopping.set_model_unet_function_wrapper(cancel)
+    seen.clear()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        invert(pack, stopping, frames_per_batch=2)
+    assert len(seen) == 3
+    assert torch.equal(invert(pack, model, frames_per_batch=2)[2].latents, expected)
+
+
+# -------------------------------------------------------------------------------------------------------- trajectory
+
+
+def test_a_trajectory_on_disk_leads_an_editor_as_one_in_memory_does(pack):
+    model = tiny_model()
+    in_memory, on_disk = (invert(pack, model, trajectory_on_disk=where) for where in (False, True))
+    assert torch.equal(torch.stack([on_disk[2].latents[i] for i in range(STEPS + 1)]), in_memory[2].latents)
+    assert on_disk[2].latents.folder.is_dir()
+    outs = []
+    for noise, sigmas, trajectory, _ in (in_memory, on_disk):
+        edited = pack.nodes.tokenflow.STEMTokenFlow.execute(
+            model=model, trajectory=trajectory, mode="pnp", keyframe_every=3, qk_until=0.5, conv_until=0.8, seed=0,
+            blocks="all", blend="official", keyframes="fixed",
+        ).result[0]  # fmt: skip
+        guider = comfy.samplers.CFGGuider(edited)
+        guider.set_conds(prompt(1), prompt(2))
+        start, euler = noise["samples"], comfy.samplers.sampler_object("euler")
+        outs.append(guider.sample(torch.zeros_like(start), start, euler, sigmas, disable_pbar=True, seed=0))
+    assert torch.equal(*outs)
+
+
+def test_a_disk_that_is_full_is_told(pack, monkeypatch):
+    def full(tensors, file):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pack.stem.level_files, "save_file", full)
+    with pytest.raises(OSError, match=r"cannot be written: No space left on device"):
+        invert(pack, tiny_model(), trajectory_on_disk=True)
+
+
+def test_half_precision_loses_less_than_half_a_decibel(pack, demo, monkeypatch):
+    """Of the model and of the trajectory, in what comes back of the demo clip."""
+    vae, images = demo[2], demo_images(pack, 8)
+    latents = encode(demo, images)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        monkeypatch.setattr(comfy.model_management, "unet_dtype", lambda dtype=dtype, **_: dtype)
+        monkeypatch.setattr(comfy.model_management, "unet_manual_cast", lambda *_: None)
+        model = pack.nodes.bridge.demo_model.load_demo_unet()
+        assert model.model.get_dtype_inference() == dtype
+        source = text(demo[1], "a red star on grass")
+        noise, sigmas, trajectory, basis = invert(
+            pack, model, source, latents, method="stem", num_bases=256, em_iterations=5, temperature=0.01, steps=20,
+            trajectory_dtype="float32" if dtype == torch.float32 else "float16",
+        )  # fmt: skip
+        assert trajectory.latents.dtype == (torch.float32 if dtype == torch.float32 else torch.float16)
+        reading = pack.nodes.patch.STEMPatchModel.execute(
+            model=model, num_bases=256, em_iterations=5, seed=0, start_percent=0.0, end_percent=1.0, temperature=0.01,
+            blocks="all", basis=basis,
+        ).result[0]  # fmt: skip
+        guider = comfy.samplers.CFGGuider(reading)
+        guider.set_conds(source, source)
+        guider.set_cfg(1.0)
+        start = noise["samples"].float()
+        out = guider.sample(
+            torch.zeros_like(start), start, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0
+        )
+        found[dtype] = psnr(core.VAEDecode().decode(vae, {"samples": out.float()})[0], images)
+    assert found[torch.bfloat16] > found[torch.float32] - 0.5 and found[torch.float16] > found[torch.float32] - 0.5, found
