@@ -1,4 +1,4 @@
-"""python -m tools.bench {inversion,bases,edit,em,em-options,inversion-cost,scale} [--quick] [--json FILE]"""
+"""python -m tools.bench {inversion,bases,edit,em,em-options,inversion-cost,keyframes,scale} [--quick] [--json FILE]"""
 
 import argparse
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from tools import places
-from tools.bench import bases, edit, em, em_options, inversion, inversion_cost, report, scale
+from tools.bench import bases, edit, em, em_options, inversion, inversion_cost, keyframes, report, scale
 
 BENCHMARKS = {
     "inversion": inversion.run,
@@ -15,6 +15,7 @@ BENCHMARKS = {
     "em": em.run,
     "em-options": em_options.run,
     "inversion-cost": inversion_cost.run,
+    "keyframes": keyframes.run,
     "scale": scale.run,
 }
 

@@ -58,15 +58,15 @@ class Demo(NamedTuple):
 
 
 @cache  # the bases bench inverts a clip many times, and the flow of a real one takes long to estimate
-def load_clip(name: str) -> Clip:
-    """A clip of FRAMES frames of SIZE x SIZE pixels, by a name of GENERATED or REAL_CLIPS."""
+def load_clip(name: str, frames: int = FRAMES) -> Clip:
+    """A clip of SIZE x SIZE pixels, by a name of GENERATED or REAL_CLIPS."""
     if name in GENERATED:
-        scene = random_scene(GENERATED.index(name), FRAMES, SIZE, SIZE)
+        scene = random_scene(GENERATED.index(name), frames, SIZE, SIZE)
         clip = render(scene)
         return Clip(clip.images, caption(scene), clip.flow, clip.visible)
-    frames = real_frames(places.locations().clips, name, SIZE)[:FRAMES]
-    left = (frames.shape[-1] - SIZE) // 2
-    images = rearrange(frames[..., left : left + SIZE], "f c y x -> f y x c") / 255
+    pictures = real_frames(places.locations().clips, name, SIZE)[:frames]
+    left = (pictures.shape[-1] - SIZE) // 2
+    images = rearrange(pictures[..., left : left + SIZE], "f c y x -> f y x c") / 255
     return Clip(images, REAL_CLIPS[name][0], *estimate_flow(images))
 
 
