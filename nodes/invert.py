@@ -67,6 +67,7 @@ class STEMInvertLatents(io.ComfyNode):
                 frames_per_batch_input(),
                 io.Combo.Input(
                     "trajectory_dtype",
+                    optional=True,
                     options=list(DTYPES),
                     default="float32",
                     advanced=True,
@@ -74,6 +75,7 @@ class STEMInvertLatents(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "trajectory_on_disk",
+                    optional=True,
                     default=False,
                     advanced=True,
                     tooltip="Keeps the trajectory in ComfyUI's temporary folder, a file for each noise level, instead of in "

@@ -87,6 +87,7 @@ def blocks_input(default: str = "all", tooltip: str = BLOCKS) -> io.String.Input
 def frames_per_batch_input() -> io.Int.Input:
     return io.Int.Input(
         "frames_per_batch",
+        optional=True,  # came later: graphs without it stay valid
         default=0,
         min=0,
         max=4096,

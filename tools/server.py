@@ -118,6 +118,11 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def pid(self) -> int:
+        """Of the server's process."""
+        return self._process.pid
+
     def close(self) -> None:
         """End the server and all that it started."""
         processes.end_process(self._process)
