@@ -4,6 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from ..stem.basis import BasisSettings
+from .bridge.batches import plan_batches
 from .bridge.conditioning import select_frames
 from .bridge.inversion import checked_latents, invert
 from .bridge.layout import choose_blocks, read_layout
@@ -70,7 +71,9 @@ class STEMBasisEstimate(io.ComfyNode):
             names = choose_blocks(layout, blocks)
             settings = BasisSettings(num_bases, em_iterations, temperature, seed, frames_per_em=0)
             conditioning = select_frames(positive, ids, frames)
-            run = invert(model, layout, names, EstimatedBases(settings), samples[ids], conditioning, steps, "stem", settings)
+            chosen = samples[ids]
+            batches = plan_batches(model, chosen.shape, 0, 0, remedy="choose fewer keyframes")
+            run = invert(model, layout, names, EstimatedBases(settings), chosen, conditioning, steps, "stem", settings, batches)
             return io.NodeOutput(run.record.basis(tuple(ids), frames, settings, layout.model))
 
 

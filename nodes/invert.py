@@ -79,7 +79,7 @@ class STEMInvertLatents(io.ComfyNode):
                     default=False,
                     advanced=True,
                     tooltip="Keeps the trajectory in ComfyUI's temporary folder, a file for each noise level, instead of in "
-                    "memory. Editors read one level at a time.",
+                    "memory. Editors read one or two levels at a time.",
                 ),
             ],
             outputs=[

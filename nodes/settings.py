@@ -92,8 +92,9 @@ def frames_per_batch_input() -> io.Int.Input:
         min=0,
         max=4096,
         advanced=True,
-        tooltip="Frames that go through the model at once, where each is inverted on its own (with a basis, or method ddim). "
-        "0 = as many as free memory allows. It changes the memory that is needed, not the result.",
+        tooltip="Frames that go through the model at once, where each is inverted on its own (with a basis, or method ddim) "
+        "or in groups (frames_per_em). 0 = as many as free memory allows. It changes the memory that is needed; the result, in "
+        "rounding alone.",
     )
 
 

@@ -27,7 +27,7 @@ class ModelFingerprint(NamedTuple):
 
 
 class BasisSettings(NamedTuple):
-    """How the bases were estimated: the arguments of `em.estimate_basis`."""
+    """How the bases were estimated."""
 
     num_bases: int
     iterations: int

@@ -2,11 +2,10 @@
 
 Source: "A Video is Worth 256 Bases" (STEM inversion, CVPR 2024, arXiv 2312.05856) as its official code does
 it. EM runs for every head apart, on the projected keys; only the bases are normalised, not the keys. A basis
-that no token chooses becomes zero and stays so: in the attention it is a sink of score 0 and value 0, kept
+that no token chooses becomes zero (on a CPU nearly so) and stays so: in the attention it is a sink of score 0 and value 0, kept
 because the official code keeps it.
 """
 
-import logging
 import math
 from collections.abc import Callable
 from hashlib import blake2b
@@ -20,11 +19,11 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 EPSILON = 1e-4
 """Added to norms and to the mass of a basis, as in the official code: a dead basis is zero instead of NaN."""
 
-CPU_BLOCK = 2**19
-"""Numbers in the responsibilities of a block, 2 MiB in float32, that stay in the cache of a CPU."""
+CPU_BLOCK = 2**20
+"""Numbers in a block of keys, values and responsibilities, 4 MiB in float32, that stay in the cache of a CPU."""
 
-ACCELERATOR_BLOCK = 2**25
-"""On other devices large blocks save kernel launches: 128 MiB."""
+ACCELERATOR_BLOCK = 2**26
+"""On other devices large blocks save kernel launches: 256 MiB."""
 
 
 LEAST_BLOCK = 64
@@ -44,6 +43,7 @@ def estimate_basis(
     check: Callable[[], None] | None = None,
     start: Literal["gaussian", "tokens"] = "gaussian",
     every: int = 1,
+    smaller: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Bases of the keys by expectation maximisation, and the values that belong to them.
 
@@ -60,15 +60,16 @@ def estimate_basis(
         initial: the bases to start from, (h, m, d); None draws them with `initial_bases`.
         seed: of that draw.
         method: how an iteration is computed. "dense" holds the responsibilities of all tokens at once, (h, n, m);
-            "blockwise" those of one block of tokens at a time, and adds up its sums; "fused" is two attentions,
-            and holds a float32 copy of keys and values; "auto" is blockwise. They differ in rounding alone, fused by
-            about the last digits of a float32 score. At low temperatures later iterations enlarge that difference
+            "blockwise" those of one block of tokens at a time, and adds up its sums; "fused" is attention of the bases
+            over the tokens, and holds a float32 copy of keys and values; "auto" is blockwise. They differ in
+            rounding alone, fused by about the last digits of a float32 score. At low temperatures later iterations enlarge that difference
             wherever two bases contend for a token.
-        block_tokens: tokens in a block; None takes a size that suits the device.
+        block_tokens: tokens in a block; None takes a size that suits the device. Where memory runs out it is halved.
         check: called before every block, so that a host can raise from it to cancel.
         start: kind of that draw. The paper's is "gaussian".
         every: all iterations but the last read every so-manieth token only. The paper's is 1. An odd number
             spreads over all columns of a picture.
+        smaller: called with the new size of a block where memory ran out.
 
     Returns:
         Bases of the keys mu and of the values nu, (h, m, d) each, in the dtype of the keys. Half precision is
@@ -80,27 +81,29 @@ def estimate_basis(
     Source: the EM of the self-attention layers in the official code, from which we differ in precision only.
     """
     _check_arguments(keys, values, num_bases, iterations, temperature, initial, method, block_tokens, start, every)
-    heads, tokens, _ = keys.shape
+    heads, tokens, channels = keys.shape
     iterate = {"dense": _dense, "fused": _fused}.get(method, _blockwise)
-    block_tokens = min(tokens, block_tokens or max(1, _block_numbers(keys) // (heads * num_bases)))
+    if block_tokens is None:
+        columns = heads * (num_bases + 2 * channels + 1)
+        block_tokens = max(1, block_bytes(keys.device) // torch.float32.itemsize // columns)
+    block_tokens = min(tokens, block_tokens)
     with torch.no_grad():
         if initial is None:
             mu = initial_bases(keys, num_bases, seed, start)
         else:
             mu = initial.to(keys.device, _working_dtype(keys))
         for _ in range(iterations - 1):
-            (mu,), block_tokens = _with_less_memory(iterate, block_tokens, mu, (keys[:, ::every],), temperature, check)
-        (mu, nu), _ = _with_less_memory(iterate, block_tokens, mu, (keys, values), temperature, check)
+            (mu,), block_tokens = _with_less_memory(iterate, mu, (keys[:, ::every],), temperature, block_tokens, check, smaller)
+        (mu, nu), _ = _with_less_memory(iterate, mu, (keys, values), temperature, block_tokens, check, smaller)
     # One token that is not finite spoils the sums of every basis, so a look at the few bases suffices.
     if not (mu.isfinite().all() and nu.isfinite().all()):
         raise ValueError(_not_finite(keys=keys, values=values, initial=initial))
     return mu.to(keys.dtype), nu.to(keys.dtype)
 
 
-def block_bytes(channels: int, num_bases: int, device: torch.device) -> int:
-    """Bytes of the blocks that an estimate works on, for heads of so many channels; they do not grow with the tokens."""
-    numbers = CPU_BLOCK if device.type == "cpu" else ACCELERATOR_BLOCK
-    return int(numbers * (1 + (2 * channels + 1) / num_bases) * torch.float32.itemsize)
+def block_bytes(device: torch.device) -> int:
+    """Bytes of a block that an estimate works on; it does not grow with the tokens."""
+    return (CPU_BLOCK if device.type == "cpu" else ACCELERATOR_BLOCK) * torch.float32.itemsize
 
 
 def initial_bases(keys: Tensor, num_bases: int, seed: int, start: Literal["gaussian", "tokens"] = "gaussian") -> Tensor:
@@ -155,16 +158,25 @@ def derive_seed(seed: int, *parts: int | str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _with_less_memory(iterate, block_tokens: int, mu, tokens, temperature, check) -> tuple[tuple[Tensor, ...], int]:
+def _with_less_memory(
+    iterate: Callable[..., tuple[Tensor, ...]],
+    mu: Tensor,
+    tokens: tuple[Tensor, ...],
+    temperature: float,
+    block_tokens: int,
+    check: Callable | None,
+    smaller: Callable[[int], None] | None,
+) -> tuple[tuple[Tensor, ...], int]:
     """An iteration, with smaller blocks where memory runs out, and the size that it took; sums differ in rounding alone."""
     while True:
         try:
             return iterate(mu, tokens, temperature, block_tokens, check), block_tokens
         except torch.OutOfMemoryError:
-            if block_tokens <= LEAST_BLOCK:
+            if block_tokens <= LEAST_BLOCK or iterate is _dense:
                 raise
         block_tokens = max(LEAST_BLOCK, block_tokens // 2)
-        logging.warning(f"STEM: memory ran out in the estimate of bases; going on with blocks of {block_tokens} tokens.")
+        if smaller is not None:
+            smaller(block_tokens)
 
 
 def _dense(mu: Tensor, tokens: tuple[Tensor, ...], temperature: float, _: int, check: Callable | None) -> tuple[Tensor, ...]:
@@ -253,14 +265,11 @@ def _directions(mu: Tensor, temperature: float) -> Tensor:
 def _moments(keys: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation per head and channel, (h, 1, d) each, in two passes over blocks of tokens."""
     heads, tokens, channels = keys.shape
-    blocks, work = keys.split(max(1, _block_numbers(keys) // (heads * channels)), dim=1), _working_dtype(keys)
+    size, work = block_bytes(keys.device) // torch.float32.itemsize // (heads * channels), _working_dtype(keys)
+    blocks = keys.split(max(1, size), dim=1)
     mean = sum(reduce(x.to(work), "h n d -> h 1 d", "sum") for x in blocks) / tokens
     squares = sum(reduce((x.to(work) - mean).square_(), "h n d -> h 1 d", "sum") for x in blocks)
     return mean, (squares / max(1, tokens - 1)).sqrt()
-
-
-def _block_numbers(keys: Tensor) -> int:
-    return CPU_BLOCK if keys.device.type == "cpu" else ACCELERATOR_BLOCK
 
 
 def _working_dtype(keys: Tensor) -> torch.dtype:

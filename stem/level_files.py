@@ -1,4 +1,4 @@
-"""Latents of a trajectory on disk, a file for each noise level: memory holds one level at a time."""
+"""Latents of a trajectory on disk, a file for each noise level: memory holds those levels alone that are read."""
 
 import shutil
 import weakref
@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 NAME = "latents"
+REMEDY = "Invert the clip again: change an input of the inversion, or free ComfyUI's cache (Unload Models and Cache)."
 
 
 class LevelFiles:
@@ -36,11 +38,16 @@ class LevelFiles:
         return self.shape[0]
 
     def __getitem__(self, level: int) -> Tensor:
-        """(f, c, height, width) on the CPU; KeyError for a level that has not been written."""
+        """(f, c, height, width) on the CPU.
+
+        Raises:
+            ValueError: The file is not there any more, or is damaged.
+        """
         file = self._file(level)
-        if not file.exists():
-            raise KeyError(f"{file} is not there: level {level} was not written, or its folder was emptied.")
-        return load_file(file)[NAME]
+        try:
+            return load_file(file)[NAME].clone()  # what is loaded is the file, mapped; it could not be removed on Windows
+        except (FileNotFoundError, SafetensorError, KeyError) as error:
+            raise ValueError(f"the trajectory's file {file} is gone or damaged ({error}). {REMEDY}") from error
 
     def __setitem__(self, level: int, latents: Tensor) -> None:
         """Whole or not at all.
@@ -56,8 +63,20 @@ class LevelFiles:
         try:
             save_file({NAME: latents.to("cpu", self.dtype).contiguous()}, part)
         except Exception as error:  # safetensors has errors of its own for what the disk refuses
-            raise OSError(f"{part} cannot be written: {error}") from error
+            raise OSError(
+                f"the trajectory's file {part} cannot be written: {error}. Free space on that disk, or switch "
+                "trajectory_on_disk off."
+            ) from error
         part.replace(file)
+
+    def __deepcopy__(self, _: dict) -> "LevelFiles":
+        return self  # the files are one's own, and they are not changed any more
+
+    def __reduce__(self) -> tuple:
+        raise TypeError("latents on disk go with this process; keep the trajectory in memory to hand it on.")
 
     def _file(self, level: int) -> Path:
         return self.folder / f"{range(len(self))[level]:04}.safetensors"
+
+
+Levels = Tensor | LevelFiles  # (t+1, f, c, height, width), indexed by level

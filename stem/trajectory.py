@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .basis import BasisSettings, ModelFingerprint
-from .level_files import LevelFiles
+from .level_files import Levels
 
 
 class InversionSettings(NamedTuple):
@@ -22,7 +22,7 @@ class InversionSettings(NamedTuple):
 
 
 class Trajectory(NamedTuple):
-    latents: Tensor | LevelFiles  # (t+1, f, c, height, width) x = z0 + sigma eps in the model's scale, clean to noisiest
+    latents: Levels  # (t+1, f, c, height, width) x = z0 + sigma eps in the model's scale, clean to noisiest
     sigmas: Tensor  # (t+1,) level of each, ascending, CPU
     conditioning: list  # of the source prompt, as the host gave it; opaque here
     settings: InversionSettings

@@ -5,8 +5,6 @@ Nothing of it is a hidden part of the sampler's batch.
 """
 
 import logging
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -225,19 +223,6 @@ class Companion:
                 f"the latents have noise of sigma {high:.4g}, the sampler starts at {sigma:.4g}. Start at the first of the "
                 "SIGMAS, or connect the clip's own latents and switch add_noise on."
             )
-
-
-def noise_shape_with_room(model: ModelPatcher, noise_shape: Sequence[int], frames: int, kept: int) -> list[int]:
-    """What to tell core's estimate of memory.
-
-    Args:
-        model: What is about to be loaded.
-        noise_shape: Of the clip.
-        frames: How many go through the UNet at once.
-        kept: Bytes that an editor keeps beside them.
-    """
-    one = model.model.memory_required([2, *noise_shape[1:]])  # core counts every frame twice
-    return [frames + math.ceil(kept / one), *noise_shape[1:]]
 
 
 def clean_source(trajectory: Trajectory) -> Tensor:

@@ -15,11 +15,12 @@ from torch import Tensor
 from ...stem.ddim import inversion_input
 from ...stem.fatezero import LENGTH, latent_blend_acts, replaced_steps
 from ...stem.trajectory import Trajectory, latents_between, steps_above
-from .companion import KEY, SourceRun, acting, add_companion, noise_shape_with_room
+from .companion import KEY, SourceRun, acting, add_companion
 from .fatezero import NODE, PASS, FateZeroPatch, FateZeroSettings, Pass, Source, mean_over_blocks
 from .joint_norm import place_joint_norms
 from .latent_blend import Blend, place_latent_blend
 from .layout import Layout, block_scales, slot_of
+from .memory import noise_shape_with_room
 from .prompts import same_conditioning
 from .self_attention import place_self_attention
 from .slots import LEAVE_OUT, guard_attention, place_cross_attention

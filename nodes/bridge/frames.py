@@ -5,9 +5,6 @@ from typing import Any
 
 from torch import Tensor
 
-PART = "stem_frames"
-"""Key in `transformer_options`: which rows of the frames of a call are in it, where a long clip is split."""
-
 
 def frames_of_call(q: Tensor, k: Tensor, options: Mapping[str, Any]) -> tuple[int, list[int]]:
     """Chunks of a call (one for each conditioning in it) and the frame number of every row of a chunk.
@@ -29,7 +26,7 @@ def frames_of_call(q: Tensor, k: Tensor, options: Mapping[str, Any]) -> tuple[in
         )
     chunks = len(options.get("cond_or_uncond") or (0,))
     frames = rows // chunks
-    ids = _frame_ids(frames, options)
+    ids = frame_ids(frames, options)
     if frames * chunks != rows or len(ids) != frames:
         raise ValueError(
             f"a call of {rows} rows for {chunks} conditionings does not fit the frames {ids} of this context window. Another "
@@ -38,16 +35,16 @@ def frames_of_call(q: Tensor, k: Tensor, options: Mapping[str, Any]) -> tuple[in
     return chunks, ids
 
 
-def _frame_ids(frames: int, options: Mapping[str, Any]) -> list[int]:
-    """Of the rows of one chunk; those of a part are picked from the numbers of all."""
-    part = options.get(PART)
-    if part is None:
-        return _all_ids(frames, options)
-    ids = _all_ids(part[-1] + 1, options)
-    return [ids[row] for row in part]
+def frame_ids(frames: int, options: Mapping[str, Any]) -> list[int]:
+    """The frame numbers of the rows of one conditioning in a call.
 
+    Args:
+        frames: How many rows it has, where no context says more.
+        options: `transformer_options`.
 
-def _all_ids(frames: int, options: Mapping[str, Any]) -> list[int]:
+    Raises:
+        ValueError: AnimateDiff and core's context windows at once.
+    """
     animatediff, window = options.get("ad_params") or {}, options.get("context_window")
     if animatediff and window is not None:
         raise ValueError(

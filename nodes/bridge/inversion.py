@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ...stem.basis import BasisSettings
 from ...stem.ddim import inversion_input, inversion_update, noise_levels, start_latent
-from ...stem.level_files import LevelFiles
+from ...stem.level_files import LevelFiles, Levels
 from ...stem.trajectory import InversionSettings, Trajectory
-from .batches import Batches, context_memory, plan_batches
+from .batches import Batches, plan_batches
 from .companion import editor_on
 from .layout import Layout
+from .memory import context_memory
 from .record import RECORD, BasisRecord
 from .self_attention import ContextChoice, patch_self_attention, together, without_own_patches
 
@@ -33,9 +34,6 @@ GUIDANCE = (
     "disable_cfg1_optimization",
 )
 """Model options by which other nodes (PAG, SAG, RescaleCFG) change the prediction; an inversion takes it as it is."""
-
-
-Levels = Tensor | LevelFiles
 
 
 class Inversion(NamedTuple):
@@ -113,7 +111,7 @@ def invert(
         model = patch_self_attention(model, layout, blocks, choice)
     batches = batches or plan_batches(model, samples.shape, 0, together(choice))
     path = empty_path(steps, samples.shape) if path is None else path
-    batches.place(model, context_memory(model, layout, blocks, choice, (batches.size, *samples.shape[1:])))
+    batches.place(model, lambda frames: context_memory(model, layout, blocks, choice, (frames, *samples.shape[1:])))
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": positive})
     uuids = [cond["uuid"] for cond in guider.original_conds["positive"]]

@@ -1,5 +1,6 @@
 """Collects the bases of one inversion as its patches estimate them."""
 
+import logging
 from threading import Lock
 
 import torch
@@ -25,7 +26,8 @@ class BasisRecord:
         self.rank = {uuid: rank for rank, uuid in enumerate(uuids)}
         self.found: dict[tuple[str, int], tuple[int, int, Tensor, Tensor]] = {}
         self.grouped = False
-        self._latest: dict[tuple, Tensor] = {}
+        self.block_tokens: int | None = None  # that memory has been found to suffice for
+        self._latest: dict[tuple, dict[float, Tensor]] = {}
         self._lock = Lock()  # core samples conditionings on several devices at a time
 
     def add(self, block: str, sigma: float, uuid: object, first_frame: int, keys: Tensor, values: Tensor) -> None:
@@ -38,12 +40,25 @@ class BasisRecord:
             if not self.grouped and (known is None or rank < known[0]):
                 self.found[place] = (rank, first_frame, keys.to(intermediate_device()), values.to(intermediate_device()))
 
-    def latest(self, block: str, uuid: object, frames: list[int]) -> Tensor | None:
+    def latest(self, block: str, sigma: float, uuid: object, frames: list[int]) -> Tensor | None:
         """Bases of the keys (h, m, d) that these frames had at the level before, where the run keeps them."""
-        return self._latest.get((block, uuid, tuple(frames)))
+        with self._lock:
+            kept = self._latest.get((block, uuid, tuple(frames)), {})
+            return next((keys for level, keys in reversed(kept.items()) if level != sigma), None)
 
-    def keep_latest(self, block: str, uuid: object, frames: list[int], keys: Tensor) -> None:
-        self._latest[block, uuid, tuple(frames)] = keys
+    def keep_latest(self, block: str, sigma: float, uuid: object, frames: list[int], keys: Tensor) -> None:
+        """Of this level and the one before: a call that memory ran out in is made again."""
+        with self._lock:
+            kept = self._latest.setdefault((block, uuid, tuple(frames)), {})
+            kept[sigma] = keys
+            while len(kept) > 2:
+                del kept[next(iter(kept))]
+
+    def use_smaller_blocks(self, tokens: int) -> None:
+        """For the rest of the run, as memory ran out."""
+        if self.block_tokens is None:
+            logging.warning("STEM: memory ran out in the estimate of bases; going on with smaller blocks of tokens.")
+        self.block_tokens = tokens
 
     def basis(self, frame_ids: tuple[int, ...], total_frames: int, settings: BasisSettings, model: ModelFingerprint) -> Basis:
         """All that was recorded; the record is empty afterwards.

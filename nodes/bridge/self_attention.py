@@ -75,7 +75,7 @@ class EstimatedBases:
         frames = call.frames[start : start + (settings.frames_per_em or len(call.frames))]
         initial, iterations = None, settings.iterations
         warm = settings.warm_iterations and record is not None
-        if warm and (before := record.latest(call.block, call.uuid, frames)) is not None:
+        if warm and (before := record.latest(call.block, call.sigma, call.uuid, frames)) is not None:
             initial = revive_bases(before.to(keys.device), initial_bases(keys, settings.num_bases, seed, settings.start))
             iterations = settings.warm_iterations
         mu, nu = estimate_basis(
@@ -89,9 +89,11 @@ class EstimatedBases:
             check=throw_exception_if_processing_interrupted,
             start=settings.start,
             every=settings.every,
+            block_tokens=None if record is None else record.block_tokens,
+            smaller=None if record is None else record.use_smaller_blocks,
         )
         if warm:
-            record.keep_latest(call.block, call.uuid, frames, mu)
+            record.keep_latest(call.block, call.sigma, call.uuid, frames, mu)
         return mu, nu
 
     def seed(self, call: Call, start: int) -> int:

@@ -29,9 +29,10 @@ from ...stem.tokenflow import (
 )
 from ...stem.trajectory import Trajectory
 from .attend import attend
-from .companion import KEY, SourceRun, Stream, add_companion, check_frames, name_of, noise_shape_with_room, streams_of
+from .companion import KEY, SourceRun, Stream, add_companion, check_frames, name_of, streams_of
 from .conditioning import hints_of_frames, select_prepared
 from .layout import Layout, activation_size, block_scales, slot_of
+from .memory import noise_shape_with_room
 from .self_attention import place_self_attention
 from .slots import LEAVE_OUT, guard_attention
 

@@ -29,10 +29,10 @@ def invert(pack, model, positive=None, latents=None, **changes):
     ).result
 
 
-def keyframe_basis(pack, model):
+def keyframe_basis(pack, model, keyframes=3):
     inputs = {name: value for name, value in INPUTS.items() if name != "frames_per_em"}
     return pack.nodes.basis.STEMBasisEstimate.execute(
-        model=model, latents=clip_latents(FRAMES), positive=prompt(), keyframes=3, **inputs
+        model=model, latents=clip_latents(FRAMES), positive=prompt(), keyframes=keyframes, **inputs
     ).result[0]
 
 
@@ -99,12 +99,58 @@ def test_core_windows_are_split_inside(pack):
     }  # fmt: skip
     model = ContextWindowsManualNode.execute(tiny_model(), **windows).result[0]
     model, seen = rows_of(model)
-    whole = invert(pack, model)
-    assert set(seen) == {4}
+    settings = {"method": "stem", "frames_per_em": 2}  # whose seeds are those of frames' numbers in the clip
+    whole = invert(pack, model, **settings)
+    assert set(seen) == {4, 5}, "core puts an anchor in front of later windows"
     seen.clear()
-    parts = invert(pack, model, frames_per_batch=3)
-    assert set(seen) == {3, 1}
-    assert difference(parts[2].latents, whole[2].latents) < 1e-5
+    parts = invert(pack, model, **settings, frames_per_batch=4)
+    assert set(seen) == {4, 1}
+    assert difference(parts[2].latents, whole[2].latents) < 1e-4
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_other_packs_are_told_which_frames_a_call_has(pack, windows):
+    """As AnimateDiff tells it: their hints, weights and embeddings follow."""
+    model, told = tiny_model(), []
+    if windows:
+        model = ContextWindowsManualNode.execute(
+            model, context_length=4, context_overlap=1, context_schedule="standard_static", context_stride=1,
+            closed_loop=False, fuse_method="pyramid", dim=0, freenoise=False,
+        ).result[0]  # fmt: skip
+
+    def note(n, context, value, options):
+        if options["block"] == ("middle", 0):
+            told.append((options["ad_params"]["sub_idxs"], options.get("context_window"), len(n)))
+        return n, context, value
+
+    model.set_model_attn2_patch(note)
+    invert(pack, model, frames_per_batch=3, steps=1)
+    frames = [[0, 1, 2], [3], [2, 3, 4], [5, 6]] if windows else [[0, 1, 2], [3, 4, 5], [6]]
+    assert told == [(ids, None, len(ids)) for ids in frames]
+
+
+def test_a_control_that_picks_its_own_hints_is_left_to_it(pack):
+    """Advanced-ControlNet reads `ad_params`; its hints are not cut a second time."""
+    hints = torch.arange(FRAMES, dtype=torch.float32).reshape(-1, 1, 1, 1).expand(-1, 3, 64, 128)
+    control, seen = tiny_controlnet().set_cond_hint(hints), []
+    control.sub_idxs = None
+    usual = control.get_control
+
+    def get_control(x, t, cond, batched, options):
+        seen.append((len(control.cond_hint_original), options["ad_params"]["sub_idxs"]))
+        chosen = control.cond_hint_original
+        control.cond_hint_original, control.cond_hint = chosen[options["ad_params"]["sub_idxs"]], None
+        try:
+            return usual(x, t, cond, batched, options)
+        finally:
+            control.cond_hint_original = chosen
+
+    control.get_control = get_control
+    control.copy = lambda: control
+    parts = invert(pack, tiny_model(), prompt(1, control=control), frames_per_batch=3, steps=1)
+    assert seen == [(FRAMES, [0, 1, 2]), (FRAMES, [3, 4, 5]), (FRAMES, [6])]
+    plain = tiny_controlnet().set_cond_hint(hints)
+    assert difference(parts[2].latents, invert(pack, tiny_model(), prompt(1, control=plain), steps=1)[2].latents) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -133,7 +179,12 @@ def test_motion_modules_are_not_torn_apart(pack):
 def memory_for(frames, model, monkeypatch):
     """Lets so many frames of the test's clip fit, by core's estimate."""
     one = model.model.memory_required([1, 4, 8, 16])
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device=None: 1.5 * one * (frames + 0.5))
+    free = 1.5 * one * (frames + 0.5)
+    monkeypatch.setattr(
+        comfy.model_management,
+        "get_free_memory",
+        lambda dev=None, torch_free_too=False: (free, free) if torch_free_too else free,
+    )
 
 
 def test_as_many_frames_as_fit_go_at_once(pack, monkeypatch, caplog):
@@ -150,6 +201,20 @@ def test_as_many_frames_as_fit_go_at_once(pack, monkeypatch, caplog):
     invert(pack, model, method="stem")
     assert seen == [7] * STEPS, "its bases are of the whole clip: nothing else would be the same result"
     assert "by ComfyUI's estimate 3 fit into the free memory" in caplog.text and "STEM Basis Estimate" in caplog.text
+    caplog.clear()
+    keyframe_basis(pack, model, keyframes=6)
+    assert "6 frames go through the model at once" in caplog.text and "choose fewer keyframes" in caplog.text
+
+
+def test_nothing_is_split_by_itself_where_other_nodes_may_look_at_all_frames(pack, monkeypatch):
+    model, seen = rows_of(tiny_model())
+    memory_for(3, model, monkeypatch)
+    model.set_model_attn1_patch(lambda q, k, v, options: (q, k, v))
+    invert(pack, model, steps=1)
+    assert seen == [7]
+    seen.clear()
+    invert(pack, model, steps=1, frames_per_batch=3)
+    assert seen == [3, 3, 1], "but where it is asked for"
 
 
 def test_core_is_told_what_a_batch_needs(pack, monkeypatch):
@@ -164,9 +229,25 @@ def test_core_is_told_what_a_batch_needs(pack, monkeypatch):
     invert(pack, model, frames_per_batch=3)
     invert(pack, model, method="stem")
     one = model.model.memory_required([2, 4, 8, 16])
-    widest = 2 * FRAMES * 8 * 16 * 32 * 4  # keys and values of the finest blocks
-    block = pack.stem.em.block_bytes(16, 12, torch.device("cpu"))  # of the coarsest, with the longest heads
-    assert seen[:2] == [7, 3] and seen[2] == 7 + -(-(widest + block) // one)
+    invert(pack, model, method="first_previous")
+    block = pack.stem.em.block_bytes(torch.device("cpu"))
+    contexts = 5 * FRAMES * 8 * 16 * 32 * 4  # of the finest blocks
+    assert seen == [7, 3, 7 + -(-block // one), 7 + -(-contexts // one)]
+
+
+def test_core_is_told_what_a_window_needs(pack, monkeypatch):
+    seen, usual = [], comfy.sampler_helpers.estimate_memory
+    monkeypatch.setattr(
+        comfy.sampler_helpers,
+        "estimate_memory",
+        lambda model, shape, conds: seen.append(shape[0]) or usual(model, shape, conds),
+    )
+    windows = ContextWindowsManualNode.execute(
+        tiny_model(), context_length=4, context_overlap=1, context_schedule="standard_static", context_stride=1,
+        closed_loop=False, fuse_method="pyramid", dim=0, freenoise=False,
+    ).result[0]  # fmt: skip
+    invert(pack, windows, steps=1)
+    assert seen[0] < FRAMES
 
 
 def test_memory_that_runs_out_makes_batches_smaller(pack, caplog):
@@ -190,6 +271,10 @@ def test_memory_that_runs_out_makes_batches_smaller(pack, caplog):
     assert seen == [2, 2, 2, 1] * STEPS
     with pytest.raises(torch.OutOfMemoryError):
         invert(pack, model, method="stem")
+    with pytest.raises(torch.OutOfMemoryError):  # motion modules need all frames of a call
+        animated = model.clone()
+        animated.model_options["transformer_options"]["ad_params"] = {"sub_idxs": None, "full_length": FRAMES}
+        invert(pack, animated)
 
 
 def test_cancelling_between_batches(pack):
@@ -242,7 +327,7 @@ def test_a_disk_that_is_full_is_told(pack, monkeypatch):
 
 
 def test_half_precision_loses_less_than_half_a_decibel(pack, demo, monkeypatch):
-    """Of the model and of the trajectory, in what comes back of the demo clip."""
+    """Of the model, and of the trajectory that the way back starts from, in what comes back of the demo clip."""
     vae, images = demo[2], demo_images(pack, 8)
     latents = encode(demo, images)
     found = {}
@@ -264,7 +349,9 @@ def test_half_precision_loses_less_than_half_a_decibel(pack, demo, monkeypatch):
         guider = comfy.samplers.CFGGuider(reading)
         guider.set_conds(source, source)
         guider.set_cfg(1.0)
-        start = noise["samples"].float()
+        end = pack.stem.trajectory.latents_at(trajectory, -1)
+        start = model.model.process_latent_out(end)
+        assert torch.allclose(start, noise["samples"].float(), rtol=2e-3, atol=2e-3 * float(start.abs().max()))
         out = guider.sample(
             torch.zeros_like(start), start, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0
         )

@@ -405,3 +405,56 @@ def test_derived_seeds_are_equal_in_every_process():
         check=True,
     )
     assert int(run("1").stdout) == int(run("2").stdout) == derive_seed(7, "output_11", 3, 0)
+
+
+# ------------------------------------------------------------------------------------------- memory that runs out
+
+
+def test_blocks_become_smaller_where_memory_runs_out(monkeypatch):
+    keys, values = tokens(2, 3000, 8)
+    expected, told, tried = estimate_basis(keys, values, 16, 3, block_tokens=1000), [], []
+    usual = em._blockwise
+
+    def small_card(mu, parts, temperature, block_tokens, check):
+        tried.append(block_tokens)
+        if block_tokens > 300:
+            raise torch.OutOfMemoryError("Allocation on device")
+        return usual(mu, parts, temperature, block_tokens, check)
+
+    monkeypatch.setattr(em, "_blockwise", small_card)
+    found = estimate_basis(keys, values, 16, 3, block_tokens=1000, smaller=told.append)
+    assert tried == [1000, 500, 250, 250, 250] and told == [500, 250]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["dense", "blockwise"])
+def test_memory_that_does_not_suffice_for_the_smallest_block_is_an_error(method, monkeypatch):
+    keys, values = tokens(1, 500, 8)
+
+    def no_card(*_):
+        raise torch.OutOfMemoryError("Allocation on device")
+
+    monkeypatch.setattr(em, f"_{method}", no_card)
+    with pytest.raises(torch.OutOfMemoryError):
+        estimate_basis(keys, values, 16, 2, method=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_device_may_have_a_number(method):
+    """cpu:0, as ComfyUI names the devices of several."""
+    keys, values = tokens(1, 300, 8)
+    one, other = (estimate_basis(keys.to(d), values.to(d), 16, 2, method=method) for d in ("cpu", "cpu:0"))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("num_bases", [1, 16, 256])
+def test_a_block_takes_what_is_announced(num_bases, monkeypatch):
+    """Keys, values and responsibilities together, however many the bases."""
+    monkeypatch.setattr(em, "CPU_BLOCK", 2**14)
+    keys, values = tokens(2, 4000, 40)
+    made, usual = [], em._begin
+    monkeypatch.setattr(em, "_begin", lambda memory, *shape: made.append(memory) or usual(memory, *shape))
+    estimate_basis(keys.float(), values.float(), num_bases, 1)
+    held = {memory.data_ptr(): memory.nbytes for memory in made}
+    assert sum(held.values()) <= em.block_bytes(torch.device("cpu"))

@@ -1,6 +1,8 @@
 """Levels of a trajectory on disk."""
 
+import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -78,13 +80,25 @@ def test_the_folder_goes_with_the_object(tmp_path):
     assert not (tmp_path / "clip").exists()
 
 
+def test_copies_share_the_files_and_other_processes_get_none(tmp_path):
+    levels, latents = filled(tmp_path / "clip")
+    other = copy.deepcopy(trajectory(levels))
+    del levels
+    gc.collect()
+    assert torch.equal(latents_at(other, 1), latents[1])
+    with pytest.raises(TypeError, match="latents on disk go with this process"):
+        pickle.dumps(other)
+
+
 def test_wrong_levels_are_refused(tmp_path):
     levels, latents = filled(tmp_path / "clip")
     with pytest.raises(ValueError, match=r"the shape \(2, 2, 5, 6\); give that of a level, \(3, 2, 5, 6\)"):
         levels[0] = latents[0][:2]
     (levels.folder / "0002.safetensors").unlink()
-    with pytest.raises(KeyError, match="level 2 was not written, or its folder was emptied"):
-        levels[2]
+    (levels.folder / "0003.safetensors").write_bytes(b"not a tensor")
+    for level in (2, 3):
+        with pytest.raises(ValueError, match=rf"000{level}.safetensors is gone or damaged .*Invert the clip again"):
+            levels[level]
     with pytest.raises(FileExistsError):
         LevelFiles(tmp_path / "clip", SHAPE)
 
@@ -99,6 +113,6 @@ def test_a_level_that_cannot_be_written_leaves_the_old_one_whole(tmp_path, monke
         raise OSError("No space left on device")
 
     monkeypatch.setattr(stem.level_files, "save_file", full_disk)
-    with pytest.raises(OSError, match="cannot be written: No space left on device"):
+    with pytest.raises(OSError, match=r"cannot be written: No space left on device.*switch trajectory_on_disk off"):
         levels[1] = latents[1] + 1
     assert torch.equal(levels[1], latents[1])

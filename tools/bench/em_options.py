@@ -88,6 +88,7 @@ def measure(demo: Demo, source: Clip, settings: BasisSettings, steps: int) -> re
     layout, kept = bridge.layout.read_layout(demo.model), demo.decode(latents)
     blocks = bridge.layout.choose_blocks(layout, "all")
     estimated, fixed = bridge.self_attention.EstimatedBases, bridge.self_attention.FixedBases
+    bridge.inversion.invert(demo.model, layout, blocks, None, latents["samples"], positive, 1, "ddim", None)  # a first call
     with Cost() as cost:
         run = bridge.inversion.invert(
             demo.model, layout, blocks, estimated(settings), latents["samples"], positive, steps, "stem", settings

@@ -118,6 +118,7 @@ def measure(
             steps=steps,
             method=inversion.method,
             frames_per_em=inversion.frames_per_em,
+            frames_per_batch=len(source.images),  # all at once, whatever is free
             blocks="all",
             **bases,
         ).result

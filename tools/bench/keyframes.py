@@ -38,7 +38,8 @@ def run(path: Path, quick: bool) -> None:
     frames, keyframes = (QUICK_FRAMES, QUICK_KEYFRAMES) if quick else (FRAMES, KEYFRAMES)
     demo = load_demo()
     settings = {
-        "steps": QUICK_STEPS if quick else STEPS, "frames": frames, "size": SIZE, "frames_per_batch": BATCH, **BASES,
+        "steps": QUICK_STEPS if quick else STEPS, "frames": frames, "size": SIZE, "frames_per_batch": BATCH,
+        "keyframes": list(keyframes), **BASES,
         **environment(demo), "measures": MEASURES,
     }  # fmt: skip
     results = report.load(path, settings)
