@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stem import em
 from stem.em import _softmax_, derive_seed, estimate_basis, initial_bases, revive_bases
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
