@@ -62,8 +62,8 @@ def estimate_basis(
         method: how an iteration is computed. "dense" holds the responsibilities of all tokens at once, (h, n, m);
             "blockwise" those of one block of tokens at a time, and adds up its sums; "fused" is attention of the bases
             over the tokens, and holds a float32 copy of keys and values; "auto" is blockwise. They differ in
-            rounding alone, fused by about the last digits of a float32 score. At low temperatures later iterations enlarge that difference
-            wherever two bases contend for a token.
+            rounding alone, fused by about the last digits of a float32 score. At low temperatures later iterations
+            enlarge that difference wherever two bases contend for a token.
         block_tokens: tokens in a block; None takes a size that suits the device. Where memory runs out it is halved.
         check: called before every block, so that a host can raise from it to cancel.
         start: kind of that draw. The paper's is "gaussian".

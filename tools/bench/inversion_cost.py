@@ -120,14 +120,9 @@ def beside_ddim(rows: dict[str, report.Measures]) -> dict[str, report.Measures]:
 def measure(pack: Any, model: Any, latents: dict, positive: list, method: str) -> report.Measures:
     with SelfAttentionTime(model.model.diffusion_model) as attention, Cost() as cost:
         pack.nodes.invert.STEMInvertLatents.execute(
-            model=model,
-            latents=latents,
-            positive=positive,
-            steps=1,
-            method=method,
-            frames_per_batch=len(latents["samples"]),
-            **BASES,
-        )
+            model=model, latents=latents, positive=positive, steps=1, method=method,
+            frames_per_batch=len(latents["samples"]), **BASES,
+        )  # fmt: skip
     return {"seconds": cost.seconds, "attn1_seconds": attention.seconds, "peak_mb": cost.peak_mb}
 
 
