@@ -3,7 +3,9 @@
 from comfy_api.latest import io
 
 from ..stem.basis import BasisSettings, check_basis
+from ..stem.em import block_bytes
 from .bridge.layout import choose_blocks, read_layout
+from .bridge.memory import announce_memory
 from .bridge.self_attention import EstimatedBases, FixedBases, patch_self_attention
 from .settings import (
     CATEGORY,
@@ -81,7 +83,10 @@ class STEMPatchModel(io.ComfyNode):
             else:
                 choice = EstimatedBases(BasisSettings(num_bases, em_iterations, temperature, seed, frames_per_em=0))
             percent = (start_percent, end_percent)
-            return io.NodeOutput(patch_self_attention(model, layout, names, choice, percent, "STEMPatchModel"))
+            patched = patch_self_attention(model, layout, names, choice, percent, "STEMPatchModel")
+        if basis is None:
+            announce_memory(patched, "stem_attention", lambda frames: (frames, block_bytes(model.load_device)))
+        return io.NodeOutput(patched)
 
 
 NODES = [STEMPatchModel]

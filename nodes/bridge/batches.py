@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .conditioning import hints_of_frames, select_prepared
 from .frames import frame_ids
-from .memory import frames_that_fit, noise_shape_with_room
+from .memory import announce_memory, frames_that_fit
 from .self_attention import SelfAttentionPatch
 from .slots import placed
 
@@ -41,12 +41,12 @@ class Batches:
             memory: Bytes that a call of so many frames needs beside what core knows of.
         """
 
-        def prepare(executor, model, noise_shape, *args, **kwargs):
-            frames = min(noise_shape[0], self.size)  # context windows have told their own length already
-            return executor(model, noise_shape_with_room(model, noise_shape, frames, memory(frames)), *args, **kwargs)
+        def needed(frames: int) -> tuple[int, int]:
+            most = min(frames, self.size)
+            return most, memory(most)
 
         model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, self.model_call)
-        model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, prepare)
+        announce_memory(model, KEY, needed)
 
     def model_call(self, executor, model, conds, x_in, timestep, model_options, *args, **kwargs) -> list[Tensor]:
         """CALC_COND_BATCH wrapper."""

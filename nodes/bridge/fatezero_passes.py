@@ -20,7 +20,7 @@ from .fatezero import NODE, PASS, FateZeroPatch, FateZeroSettings, Pass, Source,
 from .joint_norm import place_joint_norms
 from .latent_blend import Blend, place_latent_blend
 from .layout import Layout, block_scales, slot_of
-from .memory import noise_shape_with_room
+from .memory import announce_memory
 from .prompts import same_conditioning
 from .self_attention import place_self_attention
 from .slots import LEAVE_OUT, guard_attention, place_cross_attention
@@ -52,7 +52,6 @@ class Passes:
     """Wrappers around the model calls of a sampler; the object is shared by clones and never changes."""
 
     patch: FateZeroPatch
-    room: int  # bytes of what the source's pass leaves
 
     def model_call(self, executor, model, conds, x_in, timestep, model_options, *args, **kwargs):
         """CALC_COND_BATCH wrapper: the source's pass where it is needed, then the edit's."""
@@ -88,10 +87,6 @@ class Passes:
             words = mean_over_blocks(now.source.words) if now.blend else None
             run.kept.blend.add(sigma, words, mean_over_blocks(now.target_words))
         return run.keep_clean(outs)
-
-    def reserve(self, executor, model, noise_shape, *args, **kwargs):
-        """PREPARE_SAMPLING wrapper: memory for what the source's pass leaves."""
-        return executor(model, noise_shape_with_room(model, noise_shape, noise_shape[0], self.room), *args, **kwargs)
 
     def _targets(self, run: SourceRun) -> list[dict]:
         target = self.patch.settings.target
@@ -169,9 +164,9 @@ def patch_fatezero(model: ModelPatcher, layout: Layout, trajectory: Trajectory, 
     model, patch = place_fatezero(model, layout, trajectory, settings)
     kept = source_memory(layout, patch, model.model.get_dtype_inference().itemsize)
     logging.info(f"{NODE}: queries and keys of {patch.shape[0]} frames of the source take {kept / 2**20:.0f} MiB.")
-    passes = Passes(patch, kept)
+    passes = Passes(patch)
     model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, passes.model_call)
-    model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, passes.reserve)
+    announce_memory(model, KEY, lambda frames: (frames, kept))
     if settings.blend_latents:
         place_latent_blend(model, settings.threshold, settings.blend_timing, NODE)
     return model

@@ -1,10 +1,12 @@
 """What a run needs of the device's memory, by core's estimates and our own."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import comfy.model_management as management
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 
 from ...stem.em import block_bytes
 from .layout import Layout, activation_size, block_scales, slot_of
@@ -14,17 +16,22 @@ MARGIN = 1.5
 """Core puts prompts together where this many times their estimated memory is free; we do so with frames."""
 
 
-def noise_shape_with_room(model: ModelPatcher, noise_shape: Sequence[int], frames: int, kept: int) -> list[int]:
-    """What to tell core's estimate of memory.
+def announce_memory(model: ModelPatcher, key: str, needed: Callable[[int], tuple[int, int]]) -> None:
+    """Lets core know before a run of a model, which has been cloned already, what it is going to need.
 
     Args:
-        model: What is about to be loaded.
-        noise_shape: Of the clip.
-        frames: How many go through the UNet at once.
-        kept: Bytes that are needed beside them.
+        key: Of the wrapper.
+        needed: From the frames of the clip (of a window, with core's context windows): how many of them go through the UNet at
+            once, and how many bytes are needed beside.
     """
-    one = model.model.memory_required([2, *noise_shape[1:]])  # core counts every frame twice
-    return [frames + (math.ceil(kept / one) if one else 0), *noise_shape[1:]]
+
+    def prepare(executor: Callable, model: ModelPatcher, noise_shape: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        frames, beside = needed(noise_shape[0])
+        one = model.model.memory_required([2, *noise_shape[1:]])  # core counts every frame twice
+        rows = frames + (math.ceil(beside / one) if one else 0)
+        return executor(model, [rows, *noise_shape[1:]], *args, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, key, prepare)
 
 
 def frames_that_fit(model: ModelPatcher, shape: Sequence[int]) -> int:

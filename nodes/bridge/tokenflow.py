@@ -32,7 +32,7 @@ from .attend import attend
 from .companion import KEY, SourceRun, Stream, add_companion, check_frames, name_of, streams_of
 from .conditioning import hints_of_frames, select_prepared
 from .layout import Layout, activation_size, block_scales, slot_of
-from .memory import noise_shape_with_room
+from .memory import announce_memory
 from .self_attention import place_self_attention
 from .slots import LEAVE_OUT, guard_attention
 
@@ -86,7 +86,6 @@ class TokenFlowPatch:
 
     settings: TokenFlowSettings
     blocks: frozenset[str]
-    features: int = 0  # bytes that the keyframes' features take
     owner: ClassVar[str] = NODE
 
     def before_attention(self, n: Tensor, context: Tensor, value: Tensor, extra_options: dict) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,13 +204,6 @@ class TokenFlowPatch:
                 whole[ids.start : ids.stop] = part
         return run.keep_clean(outs)
 
-    def reserve(self, executor, model, noise_shape, *args, **kwargs):
-        """PREPARE_SAMPLING wrapper: memory for as many frames as a pass holds, and for the features of the keyframes."""
-        groups = groups_of_frames(noise_shape[0], self.settings.keyframe_every)
-        keyframes = 0 if self.settings.mode == "pnp_per_frame" else len(groups)
-        room = noise_shape_with_room(model, noise_shape, max(keyframes, len(groups[0])), self.features)
-        return executor(model, room, *args, **kwargs)
-
     def _plan(self, trajectory: Trajectory, sigma: float, frames: int) -> tuple[Step, list[range]]:
         every = self.settings.keyframe_every
         if self.settings.keyframes == "random":
@@ -260,10 +252,11 @@ def patch_tokenflow(
     model = model.clone()
     add_companion(model, layout, trajectory, NODE)
     frames, size = trajectory.latents.shape[1], trajectory.latents.shape[-2:]
-    keyframes = 0 if settings.mode == "pnp_per_frame" else len(groups_of_frames(frames, settings.keyframe_every))
+    groups = groups_of_frames(frames, settings.keyframe_every)
+    keyframes = 0 if settings.mode == "pnp_per_frame" else len(groups)
     itemsize = model.model.get_dtype_inference().itemsize
     features = keyframe_memory(layout, block_scales(model.model.diffusion_model), blocks, keyframes, size, itemsize)
-    patch = TokenFlowPatch(settings, frozenset(blocks), features)
+    patch = TokenFlowPatch(settings, frozenset(blocks))
     model = place_self_attention(model, layout, blocks, patch)
     guard_attention(model, [patch], NODE, {"attn1": LEAVE_OUT})
     others = model.model_options["transformer_options"].get("patches", {}).get("forward_timestep_embed_patch", [])
@@ -278,5 +271,5 @@ def patch_tokenflow(
         model.set_model_attn1_output_patch(patch.after_attention)
     model.set_model_patch((ResBlock, patch.residual_block), "forward_timestep_embed_patch")
     model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, patch.model_call)
-    model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, patch.reserve)
+    announce_memory(model, KEY, lambda _: (max(keyframes, len(groups[0])), features))  # the frames of a pass
     return model
