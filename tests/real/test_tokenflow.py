@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import comfy.model_management
 import comfy.samplers
@@ -668,12 +669,18 @@ def test_memory_is_reserved_for_a_pass_and_not_for_the_clip(pack, inverted, monk
         "estimate_memory",
         lambda model, shape, conds: seen.append(shape[0]) or usual(model, shape, conds),
     )
+    layouts = pack.nodes.bridge.layout
+    layout, scales = layouts.read_layout(model), layouts.block_scales(model.model.diffusion_model)
+    of_keyframes = partial(pack.nodes.bridge.tokenflow.keyframe_memory, layout, scales, layouts.choose_blocks(layout, "all"))
     rows = []
-    for changes, in_a_pass in (({}, 3), ({"keyframe_every": 1}, FRAMES), ({"mode": "pnp_per_frame"}, 3)):
-        edited = edit(pack, model, trajectory, **changes)
-        sample(edited, noise["samples"], sigmas[:2])
-        (patch,) = set(edited.model_options["transformer_options"]["patches_replace"]["attn1"].values())
-        rows.append(in_a_pass + math.ceil(patch.features / model.model.memory_required([2, 4, 8, 16])))
+    for changes, keyframes, in_a_pass in (
+        ({}, 3, 3),
+        ({"keyframe_every": 1}, FRAMES, FRAMES),
+        ({"mode": "pnp_per_frame"}, 0, 3),
+    ):
+        sample(edit(pack, model, trajectory, **changes), noise["samples"], sigmas[:2])
+        features = of_keyframes(keyframes, trajectory.latents.shape[-2:], 4)
+        rows.append(in_a_pass + math.ceil(features / model.model.memory_required([2, 4, 8, 16])))
     assert seen == rows and rows[2] == 3 < rows[0]
 
 
