@@ -84,7 +84,7 @@ def estimate_basis(
     heads, tokens, channels = keys.shape
     iterate = {"dense": _dense, "fused": _fused}.get(method, _blockwise)
     if block_tokens is None:
-        columns = heads * (num_bases + 2 * channels + 1)
+        columns = heads * (num_bases + 2 * channels)
         block_tokens = max(1, block_bytes(keys.device) // torch.float32.itemsize // columns)
     block_tokens = min(tokens, block_tokens)
     with torch.no_grad():
@@ -193,29 +193,24 @@ def _dense(mu: Tensor, tokens: tuple[Tensor, ...], temperature: float, _: int, c
 def _blockwise(
     mu: Tensor, tokens: tuple[Tensor, ...], temperature: float, block_tokens: int, check: Callable | None
 ) -> tuple[Tensor, ...]:
-    """The same, block by block of tokens, in memory that is used again.
-
-    A block is copied to one matrix of keys, values and a column of ones, so that its responsibilities are read once:
-    their product with it has all sums, the mass in the last row.
-    """
+    """The same, block by block of tokens, in memory that is used again."""
     heads, bases, channels = mu.shape
-    columns = len(tokens) * channels + 1
-    # With the long side last the product is faster on a CPU than as (h, m, columns).
-    directions, sums = _directions(mu, temperature), mu.new_zeros(heads, columns, bases)
-    x_memory, z_memory = (mu.new_empty(heads * block_tokens * numbers) for numbers in (columns, bases))
+    directions, mass = _directions(mu, temperature), mu.new_zeros(heads, 1, bases)
+    # With the long side last these products are faster on a CPU than as (h, m, d).
+    sums = [mu.new_zeros(heads, channels, bases) for _ in tokens]
+    memory = mu.new_empty(heads * block_tokens * bases)
     for block in zip(*(x.split(block_tokens, dim=1) for x in tokens), strict=True):
         if check is not None:
             check()
+        block = [x.to(mu.dtype) for x in block]
         size = block[0].shape[1]
-        x, z = _begin(x_memory, heads, size, columns), _begin(z_memory, heads, size, bases)
-        for i, token in enumerate(block):
-            x[..., i * channels : (i + 1) * channels] = token
-        x[..., -1] = 1
-        torch.bmm(x[..., :channels], directions, out=z)
+        z = memory[: heads * size * bases].view(heads, size, bases)
+        torch.bmm(block[0], directions, out=z)
         _softmax_(z)
-        sums.baddbmm_(rearrange(x, "h n c -> h c n"), z)
-    means = rearrange(sums[:, :-1] / (sums[:, -1:] + EPSILON), "h (i d) m -> i h m d", d=channels)
-    return tuple(mean.contiguous() for mean in means)
+        mass += reduce(z, "h n m -> h 1 m", "sum")
+        for total, x in zip(sums, block, strict=True):
+            total.baddbmm_(rearrange(x, "h n d -> h d n"), z)
+    return tuple(rearrange(total / (mass + EPSILON), "h d m -> h m d").contiguous() for total in sums)
 
 
 def _softmax_(z: Tensor) -> None:
@@ -250,10 +245,6 @@ def _fused(
     keys, *others = (rearrange(x, "h n d -> 1 h n d") for x in (keys, *others))
     means = (scaled_dot_product_attention(queries, keys, x, scale=1.0) for x in (keys, *others))
     return tuple(rearrange(x[..., :channels], "1 h m d -> h m d").contiguous() for x in means)
-
-
-def _begin(memory: Tensor, *shape: int) -> Tensor:
-    return memory[: math.prod(shape)].view(shape)
 
 
 def _directions(mu: Tensor, temperature: float) -> Tensor:

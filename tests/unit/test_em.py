@@ -451,11 +451,13 @@ def test_a_device_may_have_a_number(method):
 
 @pytest.mark.parametrize("num_bases", [1, 16, 256])
 def test_a_block_takes_what_is_announced(num_bases, monkeypatch):
-    """Keys, values and responsibilities together, however many the bases."""
+    """Responsibilities, keys and values of a block in float32 together, however many the bases."""
     monkeypatch.setattr(em, "CPU_BLOCK", 2**14)
-    keys, values = tokens(2, 4000, 40)
-    made, usual = [], em._begin
-    monkeypatch.setattr(em, "_begin", lambda memory, *shape: made.append(memory) or usual(memory, *shape))
-    estimate_basis(keys.float(), values.float(), num_bases, 1)
-    held = {memory.data_ptr(): memory.nbytes for memory in made}
-    assert sum(held.values()) <= em.block_bytes(torch.device("cpu"))
+    keys, values = (x.half() for x in tokens(2, 4000, 40))
+    blocks, usual = [], em._softmax_
+    monkeypatch.setattr(em, "_softmax_", lambda z: blocks.append(z.shape) or usual(z))
+    estimate_basis(keys, values, num_bases, 1)
+    heads, size, bases = max(blocks)
+    assert (
+        4 * heads * size * (bases + 2 * 40) <= em.block_bytes(torch.device("cpu")) < 4 * heads * (size + 1) * (bases + 2 * 40)
+    )
