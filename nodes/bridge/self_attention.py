@@ -1,6 +1,7 @@
 """The attn1 replace patch: every frame of a call reads a context that may come from other frames, or from bases."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from ...stem.em import derive_seed, estimate_basis, initial_bases, revive_bases
 from .attend import attend
 from .frames import frames_of_call
 from .layout import Layout, block_of_call, slot_of
+from .naming import named_by
 from .record import RECORD
 from .slots import LEAVE_OUT, placed, refuse_others
 
@@ -131,12 +133,8 @@ class SelfAttentionPatch:
     earlier: "SelfAttentionPatch | None" = None  # acts on the blocks of the slot that this one leaves alone
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
-        try:
+        with named_by(self.owner) if self.owner else nullcontext():
             return self._attend(q, k, v, extra_options)
-        except ValueError as error:
-            if not self.owner:
-                raise
-            raise ValueError(f"{self.owner}: {error}") from error
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
         block = block_of_call(extra_options)
