@@ -85,7 +85,7 @@ class STEMPatchModel(io.ComfyNode):
             percent = (start_percent, end_percent)
             patched = patch_self_attention(model, layout, names, choice, percent, "STEMPatchModel")
         if basis is None:
-            announce_memory(patched, "stem_attention", lambda frames: (frames, block_bytes(model.load_device)))
+            announce_memory(patched, "stem_attention", lambda model, frames: (frames, block_bytes(model.load_device)))
         return io.NodeOutput(patched)
 
 

@@ -34,16 +34,16 @@ class Batches:
         """
         self.size, self.together, self.asked = size, together, asked
 
-    def place(self, model: ModelPatcher, memory: Callable[[int], int]) -> None:
+    def place(self, model: ModelPatcher, memory: Callable[[ModelPatcher, int], int]) -> None:
         """Puts the wrappers on a model that has been cloned already.
 
         Args:
-            memory: Bytes that a call of so many frames needs beside what core knows of.
+            memory: Bytes that a call of so many frames needs beside what core knows of; `announce_memory` says more.
         """
 
-        def needed(frames: int) -> tuple[int, int]:
+        def needed(model: ModelPatcher, frames: int) -> tuple[int, int]:
             most = min(frames, self.size)
-            return most, memory(most)
+            return most, memory(model, most)
 
         model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, self.model_call)
         announce_memory(model, KEY, needed)

@@ -111,7 +111,8 @@ def invert(
         model = patch_self_attention(model, layout, blocks, choice)
     batches = batches or plan_batches(model, samples.shape, 0, together(choice))
     path = empty_path(steps, samples.shape) if path is None else path
-    batches.place(model, lambda frames: context_memory(model, layout, blocks, choice, (frames, *samples.shape[1:])))
+    picture = samples.shape[1:]
+    batches.place(model, lambda model, frames: context_memory(model, layout, blocks, choice, (frames, *picture)))
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": positive})
     uuids = [cond["uuid"] for cond in guider.original_conds["positive"]]

@@ -16,17 +16,18 @@ MARGIN = 1.5
 """Core puts prompts together where this many times their estimated memory is free; we do so with frames."""
 
 
-def announce_memory(model: ModelPatcher, key: str, needed: Callable[[int], tuple[int, int]]) -> None:
+def announce_memory(model: ModelPatcher, key: str, needed: Callable[[ModelPatcher, int], tuple[int, int]]) -> None:
     """Lets core know before a run of a model, which has been cloned already, what it is going to need.
 
     Args:
         key: Of the wrapper.
-        needed: From the frames of the clip (of a window, with core's context windows): how many of them go through the UNet at
-            once, and how many bytes are needed beside.
+        needed: From the model that runs and the frames of the clip (of a window, with core's context windows): how many of them
+            go through the UNet at once, and how many bytes are needed beside. It must not hold the model: a model that holds
+            itself stays in core's list of loaded ones.
     """
 
     def prepare(executor: Callable, model: ModelPatcher, noise_shape: Sequence[int], *args: Any, **kwargs: Any) -> Any:
-        frames, beside = needed(noise_shape[0])
+        frames, beside = needed(model, noise_shape[0])
         one = model.model.memory_required([2, *noise_shape[1:]])  # core counts every frame twice
         rows = frames + (math.ceil(beside / one) if one else 0)
         return executor(model, [rows, *noise_shape[1:]], *args, **kwargs)
