@@ -18,6 +18,7 @@ from .settings import (
     seed_input,
     steps_input,
     temperature_input,
+    warm_iterations_input,
 )
 from .types import StemBasis
 
@@ -50,6 +51,7 @@ class STEMBasisEstimate(io.ComfyNode):
                 seed_input(),
                 temperature_input(),
                 blocks_input(),
+                warm_iterations_input(),
             ],
             outputs=[
                 StemBasis.Output(
@@ -61,7 +63,7 @@ class STEMBasisEstimate(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, latents, positive, steps, num_bases, em_iterations, keyframes, seed, temperature, blocks
+        cls, model, latents, positive, steps, num_bases, em_iterations, keyframes, seed, temperature, blocks, warm_iterations=0
     ) -> io.NodeOutput:
         with named(cls):
             layout = read_layout(model)
@@ -69,7 +71,9 @@ class STEMBasisEstimate(io.ComfyNode):
             frames = len(samples)
             ids = spread(frames, keyframes)
             names = choose_blocks(layout, blocks)
-            settings = BasisSettings(num_bases, em_iterations, temperature, seed, frames_per_em=0)
+            settings = BasisSettings(
+                num_bases, em_iterations, temperature, seed, frames_per_em=0, warm_iterations=warm_iterations
+            )
             conditioning = select_frames(positive, ids, frames)
             chosen = samples[ids]
             batches = plan_batches(model, chosen.shape, 0, 0, remedy="choose fewer keyframes")

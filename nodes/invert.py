@@ -20,6 +20,7 @@ from .settings import (
     seed_input,
     steps_input,
     temperature_input,
+    warm_iterations_input,
 )
 from .types import StemBasis, StemTrajectory
 
@@ -81,6 +82,7 @@ class STEMInvertLatents(io.ComfyNode):
                     tooltip="Keeps the trajectory in ComfyUI's temporary folder, a file for each noise level, instead of in "
                     "memory. Editors read one or two levels at a time.",
                 ),
+                warm_iterations_input(),
             ],
             outputs=[
                 io.Latent.Output(
@@ -111,6 +113,7 @@ class STEMInvertLatents(io.ComfyNode):
         frames_per_batch=0,
         trajectory_dtype="float32",
         trajectory_on_disk=False,
+        warm_iterations=0,
     ) -> io.NodeOutput:
         with named(cls):
             layout = read_layout(model)
@@ -125,7 +128,7 @@ class STEMInvertLatents(io.ComfyNode):
                 check_basis(basis, layout.model, names)
                 settings, choice = basis.settings, FixedBases(basis)
             else:
-                settings = BasisSettings(num_bases, em_iterations, temperature, seed, frames_per_em)
+                settings = BasisSettings(num_bases, em_iterations, temperature, seed, frames_per_em, warm_iterations)
                 choice = EstimatedBases(settings)
             batches = plan_batches(model, samples.shape, frames_per_batch, together(choice))
             path = empty_path(steps, samples.shape, DTYPES[trajectory_dtype], trajectory_on_disk)

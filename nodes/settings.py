@@ -98,6 +98,20 @@ def frames_per_batch_input() -> io.Int.Input:
     )
 
 
+def warm_iterations_input() -> io.Int.Input:
+    return io.Int.Input(
+        "warm_iterations",
+        optional=True,  # came later: graphs without it stay valid
+        default=0,
+        min=0,
+        max=100,
+        advanced=True,
+        tooltip="From the second noise level on, start from the bases of the level before, and refine them in so many rounds. "
+        "0 = as the paper: em_iterations from random bases at every level. 1 is faster, and differs from the paper's bases as "
+        "another seed does.",
+    )
+
+
 def frames_per_em_input() -> io.Int.Input:
     return io.Int.Input(
         "frames_per_em",

@@ -34,8 +34,6 @@ class BasisSettings(NamedTuple):
     temperature: float
     seed: int
     frames_per_em: int  # 0: all frames together
-    start: str = "gaussian"  # the first bases: around the mean key as in the paper, or "tokens"
-    every: int = 1  # all iterations but the last read every so-manieth token only; 1 as in the paper
     warm_iterations: int = 0  # where an inversion goes on from the bases of the level before; 0: never, as in the paper
 
 

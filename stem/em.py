@@ -12,7 +12,7 @@ from hashlib import blake2b
 from typing import Literal
 
 import torch
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -41,8 +41,6 @@ def estimate_basis(
     method: Literal["auto", "dense", "blockwise", "fused"] = "auto",
     block_tokens: int | None = None,
     check: Callable[[], None] | None = None,
-    start: Literal["gaussian", "tokens"] = "gaussian",
-    every: int = 1,
     smaller: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Bases of the keys by expectation maximisation, and the values that belong to them.
@@ -66,9 +64,6 @@ def estimate_basis(
             enlarge that difference wherever two bases contend for a token.
         block_tokens: tokens in a block; None takes a size that suits the device. Where memory runs out it is halved.
         check: called before every block, so that a host can raise from it to cancel.
-        start: kind of that draw. The paper's is "gaussian".
-        every: all iterations but the last read every so-manieth token only. The paper's is 1. An odd number
-            spreads over all columns of a picture.
         smaller: called with the new size of a block where memory ran out.
 
     Returns:
@@ -80,7 +75,7 @@ def estimate_basis(
 
     Source: the EM of the self-attention layers in the official code, from which we differ in precision only.
     """
-    _check_arguments(keys, values, num_bases, iterations, temperature, initial, method, block_tokens, start, every)
+    _check_arguments(keys, values, num_bases, iterations, temperature, initial, method, block_tokens)
     heads, tokens, channels = keys.shape
     iterate = {"dense": _dense, "fused": _fused}.get(method, _blockwise)
     if block_tokens is None:
@@ -89,11 +84,11 @@ def estimate_basis(
     block_tokens = min(tokens, block_tokens)
     with torch.no_grad():
         if initial is None:
-            mu = initial_bases(keys, num_bases, seed, start)
+            mu = initial_bases(keys, num_bases, seed)
         else:
             mu = initial.to(keys.device, _working_dtype(keys))
         for _ in range(iterations - 1):
-            (mu,), block_tokens = _with_less_memory(iterate, mu, (keys[:, ::every],), temperature, block_tokens, check, smaller)
+            (mu,), block_tokens = _with_less_memory(iterate, mu, (keys,), temperature, block_tokens, check, smaller)
         (mu, nu), _ = _with_less_memory(iterate, mu, (keys, values), temperature, block_tokens, check, smaller)
     # One token that is not finite spoils the sums of every basis, so a look at the few bases suffices.
     if not (mu.isfinite().all() and nu.isfinite().all()):
@@ -106,28 +101,22 @@ def block_bytes(device: torch.device) -> int:
     return (CPU_BLOCK if device.type == "cpu" else ACCELERATOR_BLOCK) * torch.float32.itemsize
 
 
-def initial_bases(keys: Tensor, num_bases: int, seed: int, start: Literal["gaussian", "tokens"] = "gaussian") -> Tensor:
-    """Random bases to start from, drawn on the CPU, the same for every device and precision.
+def initial_bases(keys: Tensor, num_bases: int, seed: int) -> Tensor:
+    """Random bases around the mean key, mean + std * g per head and channel, g ~ N(0, 1).
+
+    They are drawn on the CPU, the same for every device and precision.
 
     Args:
         keys: (h, n, d).
         num_bases: number of bases m.
         seed: 0 to 2**64 - 1.
-        start: "gaussian" draws around the mean key, mean + std * g per head and channel, g ~ N(0, 1), as the paper
-            does. "tokens" takes keys themselves, one at random out of each of m equal parts of the tokens. Their own
-            direction is the one that they choose, so none of these is dead in the first iteration.
 
     Returns:
         (h, m, d) on the device of the keys, float32, or float64 for float64 keys. The std is that of a sample
         (n - 1); the std of a single token is 0.
     """
-    heads, tokens, channels = keys.shape
+    heads, _, channels = keys.shape
     generator, work = torch.Generator("cpu").manual_seed(seed), _working_dtype(keys)
-    if start == "tokens":
-        edges = torch.arange(num_bases + 1, device="cpu") * tokens // num_bases
-        place = torch.randint(2**62, (heads, num_bases), generator=generator, device="cpu")
-        place = edges[:-1] + place % edges.diff().clamp(min=1)
-        return keys.gather(1, repeat(place.to(keys.device), "h m -> h m d", d=channels)).to(work)
     g = torch.randn(heads, num_bases, channels, generator=generator, device="cpu", dtype=torch.float32)
     mean, std = _moments(keys)
     return mean + std * g.to(keys.device, work)
@@ -267,7 +256,7 @@ def _working_dtype(keys: Tensor) -> torch.dtype:
     return torch.promote_types(keys.dtype, torch.float32)
 
 
-def _check_arguments(keys, values, num_bases, iterations, temperature, initial, method, block_tokens, start, every) -> None:
+def _check_arguments(keys, values, num_bases, iterations, temperature, initial, method, block_tokens) -> None:
     if keys.ndim != 3 or 0 in keys.shape:
         raise ValueError(f"keys have the shape {tuple(keys.shape)}; give (heads, tokens, channels), none of them 0.")
     if values.shape != keys.shape:
@@ -278,7 +267,6 @@ def _check_arguments(keys, values, num_bases, iterations, temperature, initial, 
         ("num_bases", num_bases),
         ("iterations", iterations),
         ("block_tokens", block_tokens),
-        ("every", every),
     ):
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}; give at least 1.")
@@ -289,8 +277,6 @@ def _check_arguments(keys, values, num_bases, iterations, temperature, initial, 
         raise ValueError(f"initial has the shape {tuple(initial.shape)}; give (heads, bases, channels) = {needed}.")
     if method not in ("auto", "dense", "blockwise", "fused"):
         raise ValueError(f'method is "{method}"; give "auto", "dense", "blockwise" or "fused".')
-    if start not in ("gaussian", "tokens"):
-        raise ValueError(f'start is "{start}"; give "gaussian" or "tokens".')
 
 
 def _not_finite(**tensors: Tensor | None) -> str:

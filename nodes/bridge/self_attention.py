@@ -78,7 +78,7 @@ class EstimatedBases:
         initial, iterations = None, settings.iterations
         warm = settings.warm_iterations and record is not None
         if warm and (before := record.latest(call.block, call.sigma, call.uuid, frames)) is not None:
-            initial = revive_bases(before.to(keys.device), initial_bases(keys, settings.num_bases, seed, settings.start))
+            initial = revive_bases(before.to(keys.device), initial_bases(keys, settings.num_bases, seed))
             iterations = settings.warm_iterations
         mu, nu = estimate_basis(
             keys,
@@ -89,8 +89,6 @@ class EstimatedBases:
             initial=initial,
             seed=seed,
             check=throw_exception_if_processing_interrupted,
-            start=settings.start,
-            every=settings.every,
             block_tokens=None if record is None else record.block_tokens,
             smaller=None if record is None else record.use_smaller_blocks,
         )

@@ -9,13 +9,15 @@ CONTRACT = {
     "STEMDemoModel": ([], ["MODEL", "CLIP", "VAE"]),
     "STEMDemoClip": (["seed", "frames", "size", "colour", "shape", "background"], ["IMAGE", "MASK", "STRING"]),
     "STEMBasisEstimate": (
-        ["model", "latents", "positive", "steps", "num_bases", "em_iterations", "keyframes", "seed", "temperature", "blocks"],
+        ["model", "latents", "positive", "steps", "num_bases", "em_iterations", "keyframes", "seed", "temperature", "blocks",
+         "warm_iterations"],
         ["STEM_BASIS"],
     ),
     "STEMInvertLatents": (
         [
             "model", "latents", "positive", "basis", "steps", "method", "num_bases", "em_iterations", "seed", "temperature",
             "blocks", "frames_per_em", "frames_per_batch", "trajectory_dtype", "trajectory_on_disk",
+            "warm_iterations",
         ],
         ["LATENT", "SIGMAS", "STEM_TRAJECTORY", "STEM_BASIS"],
     ),
@@ -42,7 +44,7 @@ CONTRACT = {
 }  # fmt: skip
 DEFAULTS = {
     "steps": 50, "num_bases": 256, "em_iterations": 5, "keyframes": 16, "seed": 0, "temperature": 0.01, "method": "stem",
-    "frames_per_em": 0, "frames_per_batch": 0, "trajectory_dtype": "float32", "trajectory_on_disk": False,
+    "frames_per_em": 0, "frames_per_batch": 0, "trajectory_dtype": "float32", "trajectory_on_disk": False, "warm_iterations": 0,
     "start_percent": 0.0, "end_percent": 1.0, "frames": 16, "size": 128,
     "blocks": "all", "colour": "random", "shape": "random", "background": "random",
     "mode": "pnp", "keyframe_every": 8, "qk_until": 0.5, "conv_until": 0.8, "blend": "official",
@@ -52,7 +54,7 @@ DEFAULTS = {
     "joint_norm": False, ("STEMFateZero", "blocks"): "input_4-8, middle, output_0-8", "blend_timing": "official",
 }  # fmt: skip
 ADVANCED = {
-    "temperature", "blocks", "frames_per_em", "frames_per_batch", "trajectory_dtype", "trajectory_on_disk", "blend",
+    "temperature", "blocks", "frames_per_em", "frames_per_batch", "trajectory_dtype", "trajectory_on_disk", "warm_iterations", "blend",
     ("STEMTokenFlow", "keyframes"), "context", "min_channels",
     "joint_norm", "blend_timing",
 }  # fmt: skip

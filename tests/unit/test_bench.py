@@ -356,6 +356,6 @@ def test_options_of_em_are_compared_with_the_paper_clip_by_clip():
 
 
 def test_the_first_estimate_of_the_options_is_the_nodes_default():
-    assert em_options.PAPER == em_options.BasisSettings(256, 5, 0.01, 0, 0, start="gaussian", every=1, warm_iterations=0)
+    assert em_options.PAPER == em_options.BasisSettings(256, 5, 0.01, 0, 0, warm_iterations=0)
     assert em_options.OPTIONS["as the paper"] == {}
     assert all(em_options.PAPER._replace(**change) for change in em_options.OPTIONS.values())
