@@ -9,15 +9,16 @@ CONTRACT = {
     "STEMDemoModel": ([], ["MODEL", "CLIP", "VAE"]),
     "STEMDemoClip": (["seed", "frames", "size", "colour", "shape", "background"], ["IMAGE", "MASK", "STRING"]),
     "STEMBasisEstimate": (
-        ["model", "latents", "positive", "steps", "num_bases", "em_iterations", "keyframes", "seed", "temperature", "blocks",
-         "warm_iterations"],
+        [
+            "model", "latents", "positive", "steps", "num_bases", "em_iterations", "keyframes", "seed", "temperature", "blocks",
+            "warm_iterations",
+        ],
         ["STEM_BASIS"],
     ),
     "STEMInvertLatents": (
         [
             "model", "latents", "positive", "basis", "steps", "method", "num_bases", "em_iterations", "seed", "temperature",
-            "blocks", "frames_per_em", "frames_per_batch", "trajectory_dtype", "trajectory_on_disk",
-            "warm_iterations",
+            "blocks", "frames_per_em", "frames_per_batch", "trajectory_dtype", "trajectory_on_disk", "warm_iterations",
         ],
         ["LATENT", "SIGMAS", "STEM_TRAJECTORY", "STEM_BASIS"],
     ),
@@ -54,8 +55,8 @@ DEFAULTS = {
     "joint_norm": False, ("STEMFateZero", "blocks"): "input_4-8, middle, output_0-8", "blend_timing": "official",
 }  # fmt: skip
 ADVANCED = {
-    "temperature", "blocks", "frames_per_em", "frames_per_batch", "trajectory_dtype", "trajectory_on_disk", "warm_iterations", "blend",
-    ("STEMTokenFlow", "keyframes"), "context", "min_channels",
+    "temperature", "blocks", "frames_per_em", "frames_per_batch", "trajectory_dtype", "trajectory_on_disk", "warm_iterations",
+    "blend", ("STEMTokenFlow", "keyframes"), "context", "min_channels",
     "joint_norm", "blend_timing",
 }  # fmt: skip
 

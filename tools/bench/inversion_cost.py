@@ -2,10 +2,12 @@
 
 The weights are random, from a seed: 860 million, float32. The clip is random too. Two kinds of ComfyUI's attention are measured
 in turn, in one process: PyTorch's (`--use-pytorch-cross-attention`), and what ComfyUI takes by itself on a CPU.
+With a warm start the level that is measured is the second: the first has no bases before it.
 """
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -21,7 +23,14 @@ from tools.bench.cost import Cost
 FRAMES, QUICK_FRAMES = 8, 2
 LATENT_SIZE = 64  # 512 x 512 pixels
 ROUNDS, QUICK_ROUNDS = 3, 1
-METHODS = ("ddim", "stem", "first_previous", "all_frames")
+WARM = {"method": "stem", "warm_iterations": 1, "steps": 2}
+METHODS = {
+    "ddim": {"method": "ddim"},
+    "stem": {"method": "stem"},
+    "stem, warm start": WARM,
+    "first_previous": {"method": "first_previous"},
+    "all_frames": {"method": "all_frames"},
+}
 BASES = {"num_bases": 256, "em_iterations": 5, "temperature": 0.01, "seed": 0, "frames_per_em": 0, "blocks": "all"}
 ATTENTION = {"methods": "attention_pytorch", "default_attention": "attention_sub_quad"}
 SIZES = {"model_channels": 320, "channel_mult": [1, 2, 4, 4], "context_dim": 768}  # SD1.5's, where the demo model's are smaller
@@ -81,21 +90,22 @@ def run(path: Path, quick: bool) -> None:
         "measures": MEASURES,
     }
     results = report.load(path, settings)
-    found = results.setdefault("rounds", {part: {method: [] for method in METHODS} for part in ATTENTION})
+    found = results.setdefault("rounds", {part: {} for part in ATTENTION})
     todo = [
         (number, part, method)
         for number in range(rounds)
         for part in ATTENTION
         for method in METHODS
-        if len(found[part][method]) <= number
+        if len(found[part].get(method, [])) <= number
     ]
     if todo:
         pack = comfy.start(("--cpu",))
         model, latents, positive = full_size_model(pack), random_clip(frames), random_prompt()
         for part in ATTENTION:  # what a first call takes longer is not counted
-            measure(pack, with_attention(model, part), random_clip(1), positive, "ddim")
+            measure(pack, with_attention(model, part), random_clip(1), positive, **METHODS["ddim"])
     for number, part, method in todo:
-        found[part][method].append(measure(pack, with_attention(model, part), latents, positive, method))
+        measures = measure(pack, with_attention(model, part), latents, positive, **METHODS[method])
+        found[part].setdefault(method, []).append(measures)
         summarise(results)
         report.save(path, results)
         print(f"round {number + 1}, {ATTENTION[part]}, {method} done", file=sys.stderr, flush=True)
@@ -117,13 +127,28 @@ def beside_ddim(rows: dict[str, report.Measures]) -> dict[str, report.Measures]:
     return {name: row | {ratio: row[of] / ddim[of] for ratio, of in ratios.items()} for name, row in rows.items()}
 
 
-def measure(pack: Any, model: Any, latents: dict, positive: list, method: str) -> report.Measures:
+def measure(pack: Any, model: Any, latents: dict, positive: list, steps: int = 1, **how: Any) -> report.Measures:
+    """An inversion over so many levels, of which the last counts."""
+    calls = []
+
+    def note(call: Callable, told: dict) -> Tensor:
+        calls.append((time.perf_counter(), attention.seconds))
+        return call(told["input"], told["timestep"], **told["c"])
+
+    model.set_model_unet_function_wrapper(note)
     with SelfAttentionTime(model.model.diffusion_model) as attention, Cost() as cost:
         pack.nodes.invert.STEMInvertLatents.execute(
-            model=model, latents=latents, positive=positive, steps=1, method=method,
-            frames_per_batch=len(latents["samples"]), **BASES,
+            model=model, latents=latents, positive=positive, steps=steps, frames_per_batch=len(latents["samples"]),
+            **BASES, **how,
         )  # fmt: skip
-    return {"seconds": cost.seconds, "attn1_seconds": attention.seconds, "peak_mb": cost.peak_mb}
+    if len(calls) != steps:
+        raise RuntimeError(f"{len(calls)} calls of the UNet for {steps} levels")
+    (began, _), (last, before) = calls[0], calls[-1]
+    return {
+        "seconds": cost.seconds - (last - began),
+        "attn1_seconds": attention.seconds - before,
+        "peak_mb": cost.peak_mb,
+    }
 
 
 def with_attention(model: Any, part: str) -> Any:
