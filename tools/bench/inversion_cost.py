@@ -93,8 +93,8 @@ def run(path: Path, quick: bool) -> None:
     found = results.setdefault("rounds", {part: {} for part in ATTENTION})
     todo = [
         (number, part, method)
-        for number in range(rounds)
         for part in ATTENTION
+        for number in range(rounds)
         for method in METHODS
         if len(found[part].get(method, [])) <= number
     ]
