@@ -66,8 +66,7 @@ def temperature_input() -> io.Float.Input:
         default=0.01,
         min=0.0001,
         max=100.0,
-        step=0.001,
-        round=False,
+        step=0.0001,  # the front end rounds to it
         advanced=True,
         tooltip="How softly a token is shared among bases. The paper's 0.01 gives nearly every token to a single basis. A "
         "connected basis has its own.",
