@@ -76,8 +76,9 @@ class STEMBasisEstimate(io.ComfyNode):
             )
             conditioning = select_frames(positive, ids, frames)
             chosen = samples[ids]
-            batches = plan_batches(model, chosen.shape, 0, 0, remedy="choose fewer keyframes")
-            run = invert(model, layout, names, EstimatedBases(settings), chosen, conditioning, steps, "stem", settings, batches)
+            choice = EstimatedBases(settings)
+            batches = plan_batches(model, chosen.shape, 0, choice, conditioning, remedy="choose fewer keyframes")
+            run = invert(model, layout, names, choice, chosen, conditioning, steps, "stem", settings, batches)
             return io.NodeOutput(run.record.basis(tuple(ids), frames, settings, layout.model))
 
 

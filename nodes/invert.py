@@ -8,7 +8,7 @@ from ..stem.basis import Basis, BasisSettings, check_basis
 from .bridge.batches import plan_batches
 from .bridge.inversion import Inversion, checked_latents, empty_path, invert
 from .bridge.layout import choose_blocks, read_layout
-from .bridge.self_attention import EstimatedBases, FixedBases, every_frame, first_and_previous_frame, together
+from .bridge.self_attention import EstimatedBases, FixedBases, every_frame, first_and_previous_frame
 from .settings import (
     CATEGORY,
     blocks_input,
@@ -130,7 +130,7 @@ class STEMInvertLatents(io.ComfyNode):
             else:
                 settings = BasisSettings(num_bases, em_iterations, temperature, seed, frames_per_em, warm_iterations)
                 choice = EstimatedBases(settings)
-            batches = plan_batches(model, samples.shape, frames_per_batch, together(choice))
+            batches = plan_batches(model, samples.shape, frames_per_batch, choice, positive)
             path = empty_path(steps, samples.shape, DTYPES[trajectory_dtype], trajectory_on_disk)
             run = invert(model, layout, names, choice, samples, positive, steps, method, settings, batches, path)
         if basis is None:

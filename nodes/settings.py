@@ -105,9 +105,9 @@ def warm_iterations_input() -> io.Int.Input:
         min=0,
         max=100,
         advanced=True,
-        tooltip="From the second noise level on, start from the bases of the level before, and refine them in so many rounds. "
-        "0 = as the paper: em_iterations from random bases at every level. 1 is faster, and differs from the paper's bases as "
-        "another seed does.",
+        tooltip="Rounds from the second noise level on, starting from the bases of the level before, not em_iterations. "
+        "0 = as the paper: random bases at every level. 1 is faster, and changes the result about as much as another seed. "
+        "Not read when a basis is connected, nor by other methods.",
     )
 
 

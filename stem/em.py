@@ -9,6 +9,7 @@ because the official code keeps it.
 import math
 from collections.abc import Callable
 from hashlib import blake2b
+from threading import Lock
 from typing import Literal
 
 import torch
@@ -30,6 +31,40 @@ LEAST_BLOCK = 64
 """Tokens that a block is not made smaller than where memory runs out."""
 
 
+class BlockMemory:
+    """How much smaller than usual the blocks of tokens of some estimates have to be, as memory ran out in one of them.
+
+    Of all estimates of a run, on one thread or on several.
+    """
+
+    def __init__(
+        self,
+        is_oom: Callable[[Exception], bool] = lambda error: isinstance(error, torch.OutOfMemoryError),
+        tell: Callable[[], None] = lambda: None,
+    ):
+        """
+        Args:
+            is_oom: Tells whether an error is that of memory running out.
+            tell: Called once, when blocks are made smaller for the first time.
+        """
+        self.halvings, self._is_oom, self._tell, self._lock = 0, is_oom, tell, Lock()
+
+    def run(self, work: Callable[[int], tuple[Tensor, ...]], block_tokens: int) -> tuple[Tensor, ...]:
+        """The work with blocks of at most so many tokens, with half of them as often as memory runs out."""
+        while True:
+            halvings = self.halvings
+            size = max(min(LEAST_BLOCK, block_tokens), block_tokens >> halvings)
+            try:
+                return work(size)
+            except Exception as error:
+                if size <= LEAST_BLOCK or not self._is_oom(error):
+                    raise
+            with self._lock:
+                first, self.halvings = self.halvings == 0, max(self.halvings, halvings + 1)
+            if first:
+                self._tell()
+
+
 def estimate_basis(
     keys: Tensor,
     values: Tensor,
@@ -41,7 +76,7 @@ def estimate_basis(
     method: Literal["auto", "dense", "blockwise", "fused"] = "auto",
     block_tokens: int | None = None,
     check: Callable[[], None] | None = None,
-    smaller: Callable[[int], None] | None = None,
+    memory: BlockMemory | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Bases of the keys by expectation maximisation, and the values that belong to them.
 
@@ -62,9 +97,9 @@ def estimate_basis(
             over the tokens, and holds a float32 copy of keys and values; "auto" is blockwise. They differ in
             rounding alone, fused by about the last digits of a float32 score. At low temperatures later iterations
             enlarge that difference wherever two bases contend for a token.
-        block_tokens: tokens in a block; None takes a size that suits the device. Where memory runs out it is halved.
+        block_tokens: tokens in a block; None takes a size that suits the device.
         check: called before every block, so that a host can raise from it to cancel.
-        smaller: called with the new size of a block where memory ran out.
+        memory: makes blocks smaller where memory runs out; None begins with the usual size. Not for "dense", which has none.
 
     Returns:
         Bases of the keys mu and of the values nu, (h, m, d) each, in the dtype of the keys. Half precision is
@@ -76,20 +111,27 @@ def estimate_basis(
     Source: the EM of the self-attention layers in the official code, from which we differ in precision only.
     """
     _check_arguments(keys, values, num_bases, iterations, temperature, initial, method, block_tokens)
-    heads, tokens, channels = keys.shape
+    heads, _, channels = keys.shape
     iterate = {"dense": _dense, "fused": _fused}.get(method, _blockwise)
     if block_tokens is None:
         columns = heads * (num_bases + 2 * channels)
         block_tokens = max(1, block_bytes(keys.device) // torch.float32.itemsize // columns)
-    block_tokens = min(tokens, block_tokens)
+    memory = memory or BlockMemory()
+
+    def iteration(*tokens: Tensor) -> tuple[Tensor, ...]:
+        """Of those tokens, from the bases that are there."""
+        if iterate is _dense:
+            return _dense(mu, tokens, temperature, check)
+        return memory.run(lambda size: iterate(mu, tokens, temperature, size, check), min(block_tokens, keys.shape[1]))
+
     with torch.no_grad():
         if initial is None:
-            mu = initial_bases(keys, num_bases, seed)
+            mu = initial_bases(keys, num_bases, seed, memory)
         else:
             mu = initial.to(keys.device, _working_dtype(keys))
         for _ in range(iterations - 1):
-            (mu,), block_tokens = _with_less_memory(iterate, mu, (keys,), temperature, block_tokens, check, smaller)
-        (mu, nu), _ = _with_less_memory(iterate, mu, (keys, values), temperature, block_tokens, check, smaller)
+            (mu,) = iteration(keys)
+        mu, nu = iteration(keys, values)
     # One token that is not finite spoils the sums of every basis, so a look at the few bases suffices.
     if not (mu.isfinite().all() and nu.isfinite().all()):
         raise ValueError(_not_finite(keys=keys, values=values, initial=initial))
@@ -101,7 +143,7 @@ def block_bytes(device: torch.device) -> int:
     return (CPU_BLOCK if device.type == "cpu" else ACCELERATOR_BLOCK) * torch.float32.itemsize
 
 
-def initial_bases(keys: Tensor, num_bases: int, seed: int) -> Tensor:
+def initial_bases(keys: Tensor, num_bases: int, seed: int, memory: BlockMemory | None = None) -> Tensor:
     """Random bases around the mean key, mean + std * g per head and channel, g ~ N(0, 1).
 
     They are drawn on the CPU, the same for every device and precision.
@@ -110,6 +152,7 @@ def initial_bases(keys: Tensor, num_bases: int, seed: int) -> Tensor:
         keys: (h, n, d).
         num_bases: number of bases m.
         seed: 0 to 2**64 - 1.
+        memory: as in `estimate_basis`.
 
     Returns:
         (h, m, d) on the device of the keys, float32, or float64 for float64 keys. The std is that of a sample
@@ -118,7 +161,7 @@ def initial_bases(keys: Tensor, num_bases: int, seed: int) -> Tensor:
     heads, _, channels = keys.shape
     generator, work = torch.Generator("cpu").manual_seed(seed), _working_dtype(keys)
     g = torch.randn(heads, num_bases, channels, generator=generator, device="cpu", dtype=torch.float32)
-    mean, std = _moments(keys)
+    mean, std = (memory or BlockMemory()).run(lambda size: _moments(keys, size), _moment_block(keys))
     return mean + std * g.to(keys.device, work)
 
 
@@ -129,8 +172,9 @@ def revive_bases(bases: Tensor, fresh: Tensor) -> Tensor:
         bases: (h, m, d), from `estimate_basis` at a near noise level.
         fresh: (h, m, d), from `initial_bases`.
     """
+    bases = bases.to(fresh)
     norm = bases.norm(dim=-1, keepdim=True)
-    return torch.where(norm > EPSILON * norm.amax(dim=1, keepdim=True), bases.to(fresh), fresh)
+    return torch.where(norm > EPSILON * norm.amax(dim=1, keepdim=True), bases, fresh)
 
 
 def derive_seed(seed: int, *parts: int | str) -> int:
@@ -147,28 +191,7 @@ def derive_seed(seed: int, *parts: int | str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _with_less_memory(
-    iterate: Callable[..., tuple[Tensor, ...]],
-    mu: Tensor,
-    tokens: tuple[Tensor, ...],
-    temperature: float,
-    block_tokens: int,
-    check: Callable | None,
-    smaller: Callable[[int], None] | None,
-) -> tuple[tuple[Tensor, ...], int]:
-    """An iteration, with smaller blocks where memory runs out, and the size that it took; sums differ in rounding alone."""
-    while True:
-        try:
-            return iterate(mu, tokens, temperature, block_tokens, check), block_tokens
-        except torch.OutOfMemoryError:
-            if block_tokens <= LEAST_BLOCK or iterate is _dense:
-                raise
-        block_tokens = max(LEAST_BLOCK, block_tokens // 2)
-        if smaller is not None:
-            smaller(block_tokens)
-
-
-def _dense(mu: Tensor, tokens: tuple[Tensor, ...], temperature: float, _: int, check: Callable | None) -> tuple[Tensor, ...]:
+def _dense(mu: Tensor, tokens: tuple[Tensor, ...], temperature: float, check: Callable | None) -> tuple[Tensor, ...]:
     """One E and one M step as the equations have them: weighted means of each of `tokens`, the first of which are the keys."""
     if check is not None:
         check()
@@ -242,11 +265,16 @@ def _directions(mu: Tensor, temperature: float) -> Tensor:
     return rearrange(directions / temperature, "h m d -> h d m").contiguous()
 
 
-def _moments(keys: Tensor) -> tuple[Tensor, Tensor]:
+def _moment_block(keys: Tensor) -> int:
+    """Tokens of which two copies, those of `_moments`, fill a block."""
+    heads, _, channels = keys.shape
+    return max(1, block_bytes(keys.device) // torch.float32.itemsize // (2 * heads * channels))
+
+
+def _moments(keys: Tensor, block_tokens: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation per head and channel, (h, 1, d) each, in two passes over blocks of tokens."""
-    heads, tokens, channels = keys.shape
-    size, work = block_bytes(keys.device) // torch.float32.itemsize // (heads * channels), _working_dtype(keys)
-    blocks = keys.split(max(1, size), dim=1)
+    tokens, work = keys.shape[1], _working_dtype(keys)
+    blocks = keys.split(block_tokens, dim=1)
     mean = sum(reduce(x.to(work), "h n d -> h 1 d", "sum") for x in blocks) / tokens
     squares = sum(reduce((x.to(work) - mean).square_(), "h n d -> h 1 d", "sum") for x in blocks)
     return mean, (squares / max(1, tokens - 1)).sqrt()

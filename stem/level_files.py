@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 NAME = "latents"
-REMEDY = "Invert the clip again: change an input of the inversion, or free ComfyUI's cache (Unload Models and Cache)."
+REMEDY = "Invert the clip again: change an input of the inversion, or free ComfyUI's cache (Unload Models and Execution Cache)."
 
 
 class LevelFiles:

@@ -55,9 +55,10 @@ def latents_between(trajectory: Trajectory, sigma: float | Tensor) -> Tensor:
             f"sample on the sigmas of its inversion ({trajectory.settings.steps} steps)."
         )
     above = int((sigmas < sigma).sum().clamp(1, len(sigmas) - 1))
-    low, high = latents_at(trajectory, above - 1), latents_at(trajectory, above)
     share = (sigma - float(sigmas[above - 1])) / float(sigmas[above] - sigmas[above - 1])
-    return torch.lerp(low, high, min(share, 1.0))
+    if share == 0 or share >= 1:  # a recorded level, and the other one is not read
+        return latents_at(trajectory, above if share else above - 1)
+    return torch.lerp(latents_at(trajectory, above - 1), latents_at(trajectory, above), share)
 
 
 def check_trajectory(trajectory: Trajectory, model: ModelFingerprint) -> None:

@@ -166,7 +166,7 @@ def patch_fatezero(model: ModelPatcher, layout: Layout, trajectory: Trajectory, 
     logging.info(f"{NODE}: queries and keys of {patch.shape[0]} frames of the source take {kept / 2**20:.0f} MiB.")
     passes = Passes(patch)
     model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, passes.model_call)
-    announce_memory(model, KEY, lambda _, frames: (frames, kept))
+    announce_memory(model, NODE, lambda _, frames: (frames, kept))
     if settings.blend_latents:
         place_latent_blend(model, settings.threshold, settings.blend_timing, NODE)
     return model

@@ -39,7 +39,7 @@ def frame_ids(frames: int, options: Mapping[str, Any]) -> list[int]:
     """The frame numbers of the rows of one conditioning in a call.
 
     Args:
-        frames: How many rows it has, where no context says more.
+        frames: How many rows it has; all there is to go by where neither AnimateDiff nor a window tells the frames.
         options: `transformer_options`.
 
     Raises:

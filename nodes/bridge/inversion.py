@@ -1,5 +1,7 @@
 """The inversion as a sampler: core's machinery runs it, and brings offloading, hooks, ControlNet, previews and cancelling."""
 
+import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +24,9 @@ from ...stem.trajectory import InversionSettings, Trajectory
 from .batches import Batches, plan_batches
 from .companion import editor_on
 from .layout import Layout
-from .memory import context_memory
+from .memory import context_memory, remember_small_blocks, withdraw_announcements
 from .record import RECORD, BasisRecord
-from .self_attention import ContextChoice, patch_self_attention, together, without_own_patches
+from .self_attention import ContextChoice, patch_self_attention, without_own_patches
 
 GUIDANCE = (
     "sampler_calc_cond_batch_function",
@@ -109,7 +111,9 @@ def invert(
     model = without_guidance(without_own_patches(model))
     if choice is not None:
         model = patch_self_attention(model, layout, blocks, choice)
-    batches = batches or plan_batches(model, samples.shape, 0, together(choice))
+    withdraw_announcements(model)  # of patches that are gone
+    remember_small_blocks(model)
+    batches = batches or plan_batches(model, samples.shape, 0, choice, positive)
     path = empty_path(steps, samples.shape) if path is None else path
     picture = samples.shape[1:]
     batches.place(model, lambda model, frames: context_memory(model, layout, blocks, choice, (frames, *picture)))
@@ -143,11 +147,21 @@ def empty_path(steps: int, shape: Sequence[int], dtype: torch.dtype = torch.floa
         shape: Of the latents of the clip.
         dtype: To keep them in.
         on_disk: In ComfyUI's temporary folder instead of memory, gone with the object or with ComfyUI.
+
+    Raises:
+        ValueError: The disk has no room for it.
     """
     shape = (steps + 1, *shape)
     if not on_disk:
         return torch.empty(shape, dtype=dtype, device="cpu")
-    return LevelFiles(Path(folder_paths.get_temp_directory()) / f"stem_{uuid4().hex}", shape, dtype)
+    folder, size = Path(folder_paths.get_temp_directory()), math.prod(shape) * dtype.itemsize
+    folder.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise ValueError(
+            f"the trajectory takes {size / 1e6:.0f} MB, and {folder} has {free / 1e6:.0f} MB left. Free space there, choose "
+            "trajectory_dtype float16, or switch trajectory_on_disk off."
+        )
+    return LevelFiles(folder / f"stem_{uuid4().hex}", shape, dtype)
 
 
 def without_guidance(model: ModelPatcher) -> ModelPatcher:

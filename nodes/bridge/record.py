@@ -1,6 +1,5 @@
 """Collects the bases of one inversion as its patches estimate them."""
 
-import logging
 from threading import Lock
 
 import torch
@@ -18,7 +17,7 @@ class BasisRecord:
     """Bases of every block and noise level of one run.
 
     Where several conditionings are sampled, the bases are those of the first. Where a step estimates bases for several groups
-    of frames, none of them stands for the clip: nothing is kept, so that memory does not grow with the clip.
+    of frames, none of them stands for the clip, and they are not kept.
     """
 
     def __init__(self, levels: Tensor, blocks: tuple[str, ...], uuids: list):
@@ -26,8 +25,7 @@ class BasisRecord:
         self.rank = {uuid: rank for rank, uuid in enumerate(uuids)}
         self.found: dict[tuple[str, int], tuple[int, int, Tensor, Tensor]] = {}
         self.grouped = False
-        self.block_tokens: int | None = None  # that memory has been found to suffice for
-        self._latest: dict[tuple, dict[float, Tensor]] = {}
+        self._latest: dict[float, dict[tuple, Tensor]] = {}  # of this level and the one before
         self._lock = Lock()  # core samples conditionings on several devices at a time
 
     def add(self, block: str, sigma: float, uuid: object, first_frame: int, keys: Tensor, values: Tensor) -> None:
@@ -41,24 +39,17 @@ class BasisRecord:
                 self.found[place] = (rank, first_frame, keys.to(intermediate_device()), values.to(intermediate_device()))
 
     def latest(self, block: str, sigma: float, uuid: object, frames: list[int]) -> Tensor | None:
-        """Bases of the keys (h, m, d) that these frames had at the level before, where the run keeps them."""
+        """Bases of the keys (h, m, d) on the CPU that these frames had at the level before, where the run keeps them."""
         with self._lock:
-            kept = self._latest.get((block, uuid, tuple(frames)), {})
-            return next((keys for level, keys in reversed(kept.items()) if level != sigma), None)
+            before = next((found for level, found in reversed(self._latest.items()) if level != sigma), {})
+            return before.get((block, uuid, tuple(frames)))
 
     def keep_latest(self, block: str, sigma: float, uuid: object, frames: list[int], keys: Tensor) -> None:
-        """Of this level and the one before: a call that memory ran out in is made again."""
+        """Those of the level before stay beside them: a call that memory ran out in is made again."""
         with self._lock:
-            kept = self._latest.setdefault((block, uuid, tuple(frames)), {})
-            kept[sigma] = keys
-            while len(kept) > 2:
-                del kept[next(iter(kept))]
-
-    def use_smaller_blocks(self, tokens: int) -> None:
-        """For the rest of the run, as memory ran out."""
-        if self.block_tokens is None:
-            logging.warning("STEM: memory ran out in the estimate of bases; going on with smaller blocks of tokens.")
-        self.block_tokens = tokens
+            self._latest.setdefault(sigma, {})[block, uuid, tuple(frames)] = keys.to(intermediate_device())
+            if len(self._latest) > 2:
+                del self._latest[next(iter(self._latest))]
 
     def basis(self, frame_ids: tuple[int, ...], total_frames: int, settings: BasisSettings, model: ModelFingerprint) -> Basis:
         """All that was recorded; the record is empty afterwards.

@@ -22,6 +22,9 @@ from .slots import LEAVE_OUT, placed, refuse_others
 
 PERCENT_RANGE = (0.0, 1.0)
 
+BLOCK_MEMORY = "stem_block_memory"
+"""Key in `transformer_options`, where the `BlockMemory` of a run is."""
+
 
 class Call(NamedTuple):
     """One conditioning's part of one self-attention call."""
@@ -73,12 +76,13 @@ class EstimatedBases:
 
     def estimate(self, keys: Tensor, values: Tensor, call: Call, start: int) -> tuple[Tensor, Tensor]:
         """Bases of the group of frames that begins at row `start` of the call."""
-        settings, seed, record = self.settings, self.seed(call, start), call.options.get(RECORD)
+        settings, seed = self.settings, self.seed(call, start)
+        record, memory = call.options.get(RECORD), call.options.get(BLOCK_MEMORY)
         frames = call.frames[start : start + (settings.frames_per_em or len(call.frames))]
         initial, iterations = None, settings.iterations
         warm = settings.warm_iterations and record is not None
         if warm and (before := record.latest(call.block, call.sigma, call.uuid, frames)) is not None:
-            initial = revive_bases(before.to(keys.device), initial_bases(keys, settings.num_bases, seed))
+            initial = revive_bases(before.to(keys.device), initial_bases(keys, settings.num_bases, seed, memory))
             iterations = settings.warm_iterations
         mu, nu = estimate_basis(
             keys,
@@ -89,8 +93,7 @@ class EstimatedBases:
             initial=initial,
             seed=seed,
             check=throw_exception_if_processing_interrupted,
-            block_tokens=None if record is None else record.block_tokens,
-            smaller=None if record is None else record.use_smaller_blocks,
+            memory=memory,
         )
         if warm:
             record.keep_latest(call.block, call.sigma, call.uuid, frames, mu)

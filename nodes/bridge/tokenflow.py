@@ -271,5 +271,5 @@ def patch_tokenflow(
         model.set_model_attn1_output_patch(patch.after_attention)
     model.set_model_patch((ResBlock, patch.residual_block), "forward_timestep_embed_patch")
     model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, patch.model_call)
-    announce_memory(model, KEY, lambda *_: (max(keyframes, len(groups[0])), features))  # the frames of a pass
+    announce_memory(model, NODE, lambda *_: (max(keyframes, len(groups[0])), features))  # the frames of a pass
     return model

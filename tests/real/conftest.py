@@ -25,6 +25,16 @@ def as_in_an_execution():
         yield
 
 
+@pytest.fixture
+def rows_announced(monkeypatch):
+    """How many rows of latents core estimates the memory of, at the start of every run."""
+    import comfy.sampler_helpers
+
+    seen, usual = [], comfy.sampler_helpers.estimate_memory
+    monkeypatch.setattr(comfy.sampler_helpers, "estimate_memory", lambda *given: seen.append(given[1][0]) or usual(*given))
+    return seen
+
+
 @pytest.fixture(scope="session")
 def demo(pack):
     """Model, clip and VAE that come with the pack."""

@@ -52,15 +52,12 @@ def watched_sources(pack, monkeypatch):
 
 
 @pytest.mark.parametrize("context", ["mid", "previous_first", "own"])
-def test_the_memory_of_the_source_is_what_was_announced(pack, demo, inverted_demo, monkeypatch, context):
+def test_the_memory_of_the_source_is_what_was_announced(pack, demo, inverted_demo, monkeypatch, rows_announced, context):
     """What is left by its pass, what is told to core, and one source at a time."""
-    import comfy.sampler_helpers
-
     noise, sigmas, trajectory, _ = inverted_demo
-    passes, seen, patches = pack.nodes.bridge.fatezero_passes, [], []
-    usual, of_core, check = passes.FateZeroPatch, comfy.sampler_helpers.estimate_memory, passes.Passes._check_source
+    passes, patches = pack.nodes.bridge.fatezero_passes, []
+    usual, check = passes.FateZeroPatch, passes.Passes._check_source
     monkeypatch.setattr(passes, "FateZeroPatch", lambda *given: patches.append(usual(*given)) or patches[-1])
-    monkeypatch.setattr(comfy.sampler_helpers, "estimate_memory", lambda *given: seen.append(given[1][0]) or of_core(*given))
     left = []
 
     def measure(self, now):
@@ -72,7 +69,7 @@ def test_the_memory_of_the_source_is_what_was_announced(pack, demo, inverted_dem
     sample(demo, edit(pack, demo, trajectory, context=context)[0], noise["samples"], sigmas[:4])
     announced = passes.source_memory(pack.nodes.bridge.layout.read_layout(demo[0]), patches[-1], 4)
     assert left == [announced] * 3 and len(alive) == 3
-    assert seen == [FRAMES + -(-announced // demo[0].model.memory_required([2, 4, 16, 16]))]
+    assert rows_announced == [FRAMES + -(-announced // demo[0].model.memory_required([2, 4, 16, 16]))]
     assert not any(ref() for ref in alive), "nothing is left of a run"
 
 

@@ -1,12 +1,17 @@
 """Inversions in batches of frames, under memory that runs out, and trajectories that are kept small."""
 
+import gc
 import logging
+from pathlib import Path
+from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.sampler_helpers
 import comfy.samplers
+import folder_paths
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from fatezero_card import demo_images, encode, text
 from models import clip_latents, prompt, tiny_controlnet, tiny_model
@@ -158,6 +163,7 @@ def test_a_control_that_picks_its_own_hints_is_left_to_it(pack):
     [
         ({"method": "stem"}, r"frames_per_batch is 3, but this method looks at all 7 frames at once\..*STEM Basis Estimate"),
         ({"method": "all_frames"}, r"but this method looks at all 7 frames at once"),
+        ({"method": "stem", "frames_per_em": 9}, r"but this method looks at all 7 frames at once"),
         ({"method": "stem", "frames_per_em": 2}, r"2 frames share their bases \(frames_per_em\)\. Choose a multiple of 2"),
     ],
 )
@@ -166,9 +172,12 @@ def test_batches_that_would_part_frames_are_refused(pack, changes, message):
         invert(pack, tiny_model(), **changes, frames_per_batch=3)
 
 
-def test_motion_modules_are_not_torn_apart(pack):
-    model = tiny_model()
-    model.model_options["transformer_options"]["ad_params"] = {"sub_idxs": None, "full_length": FRAMES}
+def test_motion_modules_are_not_torn_apart(pack, monkeypatch):
+    model, seen = rows_of(tiny_model())
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "ADE", lambda executor, *args, **kwargs: executor(*args, **kwargs))
+    memory_for(3, model, monkeypatch)
+    invert(pack, model, steps=1)
+    assert seen == [FRAMES]
     with pytest.raises(ValueError, match="AnimateDiff's motion modules need their neighbours: set it to 0"):
         invert(pack, model, frames_per_batch=3)
 
@@ -194,6 +203,9 @@ def test_as_many_frames_as_fit_go_at_once(pack, monkeypatch, caplog):
         invert(pack, model)
     assert seen == [3, 3, 1] * STEPS and "3 of 7 frames at once" in caplog.text
     seen.clear()
+    invert(pack, model, frames_per_batch=FRAMES)
+    assert seen == [FRAMES] * STEPS, "as it was asked for"
+    seen.clear()
     invert(pack, model, method="stem", frames_per_em=2)
     assert seen == [2, 2, 2, 1] * STEPS
     caplog.clear()
@@ -217,13 +229,7 @@ def test_nothing_is_split_by_itself_where_other_nodes_may_look_at_all_frames(pac
     assert seen == [3, 3, 1], "but where it is asked for"
 
 
-def test_core_is_told_what_a_batch_needs(pack, monkeypatch):
-    seen, usual = [], comfy.sampler_helpers.estimate_memory
-    monkeypatch.setattr(
-        comfy.sampler_helpers,
-        "estimate_memory",
-        lambda model, shape, conds: seen.append(shape[0]) or usual(model, shape, conds),
-    )
+def test_core_is_told_what_a_batch_needs(pack, rows_announced):
     model = tiny_model()
     invert(pack, model)
     invert(pack, model, frames_per_batch=3)
@@ -232,22 +238,21 @@ def test_core_is_told_what_a_batch_needs(pack, monkeypatch):
     invert(pack, model, method="first_previous")
     block = pack.stem.em.block_bytes(torch.device("cpu"))
     contexts = 5 * FRAMES * 8 * 16 * 32 * 4  # of the finest blocks
-    assert seen == [7, 3, 7 + -(-block // one), 7 + -(-contexts // one)]
+    assert rows_announced == [7, 3, 7 + -(-block // one), 7 + -(-contexts // one)]
+    attending = pack.nodes.patch.STEMPatchModel.execute(
+        model=model, num_bases=8, em_iterations=1, seed=0, start_percent=0.0, end_percent=1.0, temperature=1.0, blocks="all"
+    ).result[0]
+    invert(pack, attending)
+    assert rows_announced[-1] == 7, "the patch is gone in the inversion, and what it needs"
 
 
-def test_core_is_told_what_a_window_needs(pack, monkeypatch):
-    seen, usual = [], comfy.sampler_helpers.estimate_memory
-    monkeypatch.setattr(
-        comfy.sampler_helpers,
-        "estimate_memory",
-        lambda model, shape, conds: seen.append(shape[0]) or usual(model, shape, conds),
-    )
+def test_core_is_told_what_a_window_needs(pack, rows_announced):
     windows = ContextWindowsManualNode.execute(
         tiny_model(), context_length=4, context_overlap=1, context_schedule="standard_static", context_stride=1,
         closed_loop=False, fuse_method="pyramid", dim=0, freenoise=False,
     ).result[0]  # fmt: skip
     invert(pack, windows, steps=1)
-    assert seen[0] < FRAMES
+    assert rows_announced == [4]
 
 
 def test_memory_that_runs_out_makes_batches_smaller(pack, caplog):
@@ -263,8 +268,8 @@ def test_memory_that_runs_out_makes_batches_smaller(pack, caplog):
     model.set_model_unet_function_wrapper(small_card)
     seen.clear()
     found = invert(pack, model)[2].latents
-    assert seen == [1] * FRAMES * STEPS and caplog.text.count("memory ran out") == 2
-    assert "memory ran out with 7 frames at once; going on with 3" in caplog.text
+    assert seen == [1] * FRAMES * STEPS and caplog.text.count("memory ran out") == 1
+    assert "memory ran out with 7 frames at once; going on with 1" in caplog.text
     assert difference(found, expected) < 1e-5
     seen.clear()
     assert difference(invert(pack, model, frames_per_batch=4)[2].latents, expected) < 1e-5
@@ -275,6 +280,103 @@ def test_memory_that_runs_out_makes_batches_smaller(pack, caplog):
         animated = model.clone()
         animated.model_options["transformer_options"]["ad_params"] = {"sub_idxs": None, "full_length": FRAMES}
         invert(pack, animated)
+
+
+def test_blocks_stay_small_for_the_rest_of_a_run(pack, monkeypatch, caplog):
+    """In an inversion and under any sampler; the next run begins anew."""
+    model, tried = tiny_model(), []
+    usual, most = pack.stem.em._blockwise, 100
+
+    def small_card(mu, tokens, temperature, block_tokens, check):
+        tried.append(block_tokens)
+        if block_tokens > most:
+            raise torch.OutOfMemoryError("Allocation on device")
+        return usual(mu, tokens, temperature, block_tokens, check)
+
+    def sampled():
+        chosen = {**{name: INPUTS[name] for name in ("num_bases", "em_iterations", "temperature", "seed", "blocks")}}
+        patched = pack.nodes.patch.STEMPatchModel.execute(model=model, **chosen, start_percent=0.0, end_percent=1.0).result[0]
+        guider = comfy.samplers.CFGGuider(patched)
+        guider.inner_set_conds({"positive": prompt()})
+        start = clip_latents(FRAMES)["samples"]
+        euler = comfy.samplers.sampler_object("euler")
+        return guider.sample(torch.zeros_like(start), start, euler, torch.tensor([1.0, 0.5, 0.0]), disable_pbar=True, seed=0)
+
+    for run in (lambda: invert(pack, model, method="stem")[2].latents, sampled):
+        expected = run()
+        with monkeypatch.context() as patched:
+            patched.setattr(pack.stem.em, "_blockwise", small_card)
+            for _ in range(2):
+                caplog.clear()
+                tried.clear()
+                assert difference(run(), expected) < 1e-4
+                assert caplog.text.count("memory ran out in the estimate of bases") == 1
+                failed = [size for size in tried if size > most]
+                assert failed and tried[: len(failed)] == failed, "once, at the first block"
+
+
+def test_a_warm_start_goes_on_from_the_level_before(pack):
+    """Through the nodes, in groups of frames, in batches, and where a call is made again as memory ran out."""
+    model, settings = tiny_model(), {"method": "stem", "frames_per_em": 2, "em_iterations": 3}
+    cold, warm = (invert(pack, model, **settings, warm_iterations=n)[2] for n in (0, 1))
+    assert warm.settings.basis.warm_iterations == 1 and cold.settings.basis.warm_iterations == 0
+    assert torch.equal(cold.latents[1], warm.latents[1]) and difference(warm.latents[2], cold.latents[2]) > 1e-5
+    assert difference(invert(pack, model, **settings, warm_iterations=1, frames_per_batch=4)[2].latents, warm.latents) < 1e-4
+    calls = []
+
+    def fails_once(run, told):
+        calls.append(len(told["input"]))
+        out = run(told["input"], told["timestep"], **told["c"])
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("Allocation on device")
+        return out
+
+    failing = model.clone()
+    failing.set_model_unet_function_wrapper(fails_once)
+    again = invert(pack, failing, **settings, warm_iterations=1)[2].latents
+    assert calls[:4] == [7, 7, 2, 2] and difference(again, warm.latents) < 1e-4
+
+    how = {"model": model, "latents": clip_latents(FRAMES), "positive": prompt(), "keyframes": 3}
+    inputs = {name: value for name, value in INPUTS.items() if name != "frames_per_em"}
+    cold, warm = (pack.nodes.basis.STEMBasisEstimate.execute(**how, **inputs, warm_iterations=n).result[0] for n in (0, 1))
+    assert warm.settings.warm_iterations == 1 and torch.equal(warm.keys[0][0], cold.keys[0][0])
+    assert difference(warm.keys[0][1], cold.keys[0][1]) > 1e-5
+
+
+def test_what_a_warm_start_keeps_is_two_levels(pack):
+    record = pack.nodes.bridge.record.BasisRecord(torch.tensor([0.5, 1.0, 2.0]), ("input_1",), ["a"])
+    for level, sigma in enumerate((0.5, 1.0, 2.0)):
+        for first in range(3):  # windows of other frames at every level
+            record.keep_latest("input_1", sigma, "a", [10 * level + first], torch.zeros(1, 2, 3))
+    assert sum(len(found) for found in record._latest.values()) == 6
+    assert record.latest("input_1", 2.0, "a", [11]) is not None and record.latest("input_1", 2.0, "a", [1]) is None
+
+
+@pytest.mark.parametrize("changes", [{}, {"frames_per_batch": 3}, {"method": "stem"}, {"method": "stem", "warm_iterations": 1}])
+def test_two_devices_give_what_one_gives(pack, changes):
+    """Core's way with several: each prompt on one of them, here cpu and cpu:0."""
+    model, devices = tiny_model(), []
+
+    def several(executor, *args, **kwargs):
+        guider = executor.class_obj
+        guider.model_options["multigpu_clones"] = {torch.device(name): guider.model_patcher for name in ("cpu", "cpu:0")}
+        return executor(*args, **kwargs)
+
+    def note(n, context, value, options):
+        devices.append((options.get("multigpu_thread_device"), len(n)))
+        return n, context, value
+
+    left, right = torch.ones(2, 1, 64, 128)
+    left[..., 64:], right[..., :64] = 0, 0
+    halves = [[text, {**told, "mask": mask}] for [[text, told]], mask in ((prompt(1), left), (prompt(5), right))]
+    expected = invert(pack, model, halves, **changes)[2].latents
+    apart = model.clone()
+    apart.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "several", several)
+    apart.set_model_attn2_patch(note)
+    found = invert(pack, apart, halves, **changes)[2].latents
+    assert {device for device, _ in devices} == {torch.device("cpu"), torch.device("cpu:0")}
+    assert max(rows for _, rows in devices) == changes.get("frames_per_batch", FRAMES)
+    assert difference(found, expected) < 1e-4
 
 
 def test_cancelling_between_batches(pack):
@@ -315,6 +417,36 @@ def test_a_trajectory_on_disk_leads_an_editor_as_one_in_memory_does(pack):
         start, euler = noise["samples"], comfy.samplers.sampler_object("euler")
         outs.append(guider.sample(torch.zeros_like(start), start, euler, sigmas, disable_pbar=True, seed=0))
     assert torch.equal(*outs)
+
+
+def test_a_disk_without_room_is_told_before_the_run(pack, monkeypatch):
+    model, seen = rows_of(tiny_model())
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1_000_000))
+    size = 4 * 5 * FRAMES * 4 * 8 * 16
+    invert(pack, model, trajectory_on_disk=True)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=size - 1))
+    seen.clear()
+    with pytest.raises(ValueError, match=r"STEMInvertLatents: the trajectory takes 0 MB, and .* has 0 MB left"):
+        invert(pack, model, trajectory_on_disk=True)
+    assert not seen
+    invert(pack, model, trajectory_on_disk=True, trajectory_dtype="float16")
+
+
+@pytest.mark.parametrize("stop", ["cancel", "error"])
+def test_nothing_is_left_on_the_disk_by_a_run_that_stops(pack, stop):
+    def halt(run, told):
+        if stop == "error":
+            raise RuntimeError("no")
+        comfy.model_management.interrupt_current_processing()
+        return run(told["input"], told["timestep"], **told["c"])
+
+    model = tiny_model()
+    model.set_model_unet_function_wrapper(halt)
+    folder = Path(folder_paths.get_temp_directory())
+    with pytest.raises((RuntimeError, comfy.model_management.InterruptProcessingException)):
+        invert(pack, model, trajectory_on_disk=True)
+    gc.collect()  # the error held the run
+    assert not list(folder.glob("stem_*"))
 
 
 def test_a_disk_that_is_full_is_told(pack, monkeypatch):

@@ -659,16 +659,8 @@ def test_the_memory_of_keyframes_is_what_was_announced(pack, inverted, monkeypat
     assert sum(x.nbytes for x in (*step.norms.values(), *step.outputs.values(), *injected)) == announced
 
 
-def test_memory_is_reserved_for_a_pass_and_not_for_the_clip(pack, inverted, monkeypatch):
-    import comfy.sampler_helpers
-
+def test_memory_is_reserved_for_a_pass_and_not_for_the_clip(pack, inverted, rows_announced):
     model, (noise, sigmas, trajectory, _) = inverted
-    seen, usual = [], comfy.sampler_helpers.estimate_memory
-    monkeypatch.setattr(
-        comfy.sampler_helpers,
-        "estimate_memory",
-        lambda model, shape, conds: seen.append(shape[0]) or usual(model, shape, conds),
-    )
     layouts = pack.nodes.bridge.layout
     layout, scales = layouts.read_layout(model), layouts.block_scales(model.model.diffusion_model)
     of_keyframes = partial(pack.nodes.bridge.tokenflow.keyframe_memory, layout, scales, layouts.choose_blocks(layout, "all"))
@@ -681,7 +673,19 @@ def test_memory_is_reserved_for_a_pass_and_not_for_the_clip(pack, inverted, monk
         sample(edit(pack, model, trajectory, **changes), noise["samples"], sigmas[:2])
         features = of_keyframes(keyframes, trajectory.latents.shape[-2:], 4)
         rows.append(in_a_pass + math.ceil(features / model.model.memory_required([2, 4, 8, 16])))
-    assert seen == rows and rows[2] == 3 < rows[0]
+    assert rows_announced == rows and rows[2] == 3 < rows[0]
+
+
+def test_what_two_nodes_need_is_added(pack, inverted, rows_announced):
+    """STEM attention in blocks that TokenFlow leaves alone."""
+    model, (noise, sigmas, trajectory, _) = inverted
+    chosen = {"num_bases": 8, "em_iterations": 1, "seed": 0, "start_percent": 0.0, "end_percent": 1.0, "temperature": 1.0}
+    attending = pack.nodes.patch.STEMPatchModel.execute(model=model, **chosen, blocks="input_1").result[0]
+    for each in (attending, attending, model):
+        sample(edit(pack, each, trajectory, blocks="output_4-8"), noise["samples"], sigmas[:2])
+    one, block = model.model.memory_required([2, 4, 8, 16]), pack.stem.em.block_bytes(torch.device("cpu"))
+    with_bases, again, without = rows_announced
+    assert with_bases == again and 0 < block / one - 1 < with_bases - without < block / one + 1
 
 
 # --------------------------------------------------------------------------------- with the model that ships

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from itertools import pairwise
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -257,7 +258,7 @@ def test_a_host_is_asked_before_every_block_and_can_stop_it(method, calls):
     "method, largest",
     [
         ("dense", lambda n: n * 32),
-        ("blockwise", lambda n: 2048),  # a block, whatever the length of the clip
+        ("blockwise", lambda n: 2048 // (32 + 2 * 8) * 32),  # of a block, whatever the length of the clip
         ("fused", lambda n: (n + 1) * 9),  # keys with one more token and channel
     ],
 )
@@ -369,7 +370,7 @@ def test_derived_seeds_are_equal_in_every_process():
 
 def test_blocks_become_smaller_where_memory_runs_out(monkeypatch):
     keys, values = tokens(2, 3000, 8)
-    expected, told, tried = estimate_basis(keys, values, 16, 3, block_tokens=1000), [], []
+    expected, told, tried = estimate_basis(keys, values, 16, 3, block_tokens=1000), Mock(), []
     usual = em._blockwise
 
     def small_card(mu, parts, temperature, block_tokens, check):
@@ -379,10 +380,32 @@ def test_blocks_become_smaller_where_memory_runs_out(monkeypatch):
         return usual(mu, parts, temperature, block_tokens, check)
 
     monkeypatch.setattr(em, "_blockwise", small_card)
-    found = estimate_basis(keys, values, 16, 3, block_tokens=1000, smaller=told.append)
-    assert tried == [1000, 500, 250, 250, 250] and told == [500, 250]
+    memory = em.BlockMemory(tell=told)
+    found = estimate_basis(keys, values, 16, 3, block_tokens=1000, memory=memory)
+    assert tried == [1000, 500, 250, 250, 250] and told.call_count == 1
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    tried.clear()
+    estimate_basis(keys, values, 16, 1, block_tokens=800, memory=memory)
+    assert tried == [200], "the next estimate of the run begins with a fourth of its own block"
+
+
+def test_the_first_bases_are_drawn_in_smaller_blocks_too(monkeypatch):
+    keys = tokens(2, 3000, 8)[0]
+    expected, usual, tried = initial_bases(keys, 16, 0), em._moments, []
+
+    def small_card(keys, block_tokens):
+        tried.append(block_tokens)
+        if block_tokens > 1000:
+            raise MemoryError
+        return usual(keys, block_tokens)
+
+    monkeypatch.setattr(em, "_moments", small_card)
+    monkeypatch.setattr(em, "CPU_BLOCK", 2000 * 2 * 2 * 8)
+    torch.testing.assert_close(initial_bases(keys, 16, 0, em.BlockMemory(lambda e: isinstance(e, MemoryError))), expected)
+    assert tried == [2000, 1000]
+    with pytest.raises(MemoryError):
+        initial_bases(keys, 16, 0)  # by itself it knows of PyTorch's error alone
 
 
 @pytest.mark.parametrize("method", ["dense", "blockwise"])
@@ -395,14 +418,6 @@ def test_memory_that_does_not_suffice_for_the_smallest_block_is_an_error(method,
     monkeypatch.setattr(em, f"_{method}", no_card)
     with pytest.raises(torch.OutOfMemoryError):
         estimate_basis(keys, values, 16, 2, method=method)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_device_may_have_a_number(method):
-    """cpu:0, as ComfyUI names the devices of several."""
-    keys, values = tokens(1, 300, 8)
-    one, other = (estimate_basis(keys.to(d), values.to(d), 16, 2, method=method) for d in ("cpu", "cpu:0"))
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("num_bases", [1, 16, 256])

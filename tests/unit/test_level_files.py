@@ -60,12 +60,14 @@ def test_half_precision_is_read_in_full():
     assert torch.equal(latents_at(found, 2), latents[2].float())
 
 
-def test_only_the_levels_on_both_sides_are_read(tmp_path, monkeypatch):
+def test_only_the_levels_that_are_needed_are_read(tmp_path, monkeypatch):
     levels, _ = filled(tmp_path / "clip")
     read, usual = [], LevelFiles.__getitem__
     monkeypatch.setattr(LevelFiles, "__getitem__", lambda self, level: read.append(level) or usual(self, level))
-    latents_between(trajectory(levels), 2.0)
-    assert read == [1, 2]
+    for sigma, levels_read in ((2.0, [1, 2]), (4.0, [2]), (0.03, [0]), (12.0, [3]), (12.005, [3]), (0.01, [0, 1])):
+        read.clear()
+        latents_between(trajectory(levels), torch.tensor(sigma))
+        assert read == levels_read
 
 
 def test_the_folder_goes_with_the_object(tmp_path):
