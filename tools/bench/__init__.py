@@ -1,1 +1,1 @@
-"""Measurements that the README reports: `python -m tools.bench inversion`, `... em` and so on, one file for each."""
+"""Measurements that README and doc/ report: `python -m tools.bench inversion`, `... em` and so on, one file for each."""

@@ -27,7 +27,7 @@ def main() -> None:
         description="Measurements, most of them on the demo model. The file is written as they go on; after an "
         "interruption the same words go on from it.",
     )
-    parser.add_argument("what", choices=BENCHMARKS, help="what to measure: README and tools/bench/ say more")
+    parser.add_argument("what", choices=BENCHMARKS, help="what to measure: README, doc/ and tools/bench/ say more")
     parser.add_argument("--quick", action="store_true", help="a small part of it")
     parser.add_argument("--json", type=Path, help="results (default: output/bench/<what>[-quick].json)")
     args = parser.parse_args()
