@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..stem.basis import BasisSettings, check_basis
 from ..stem.em import block_bytes
 from .bridge.layout import choose_blocks, read_layout
-from .bridge.memory import announce_memory, remember_small_blocks
+from .bridge.memory import announce_memory, keep_block_memory
 from .bridge.self_attention import EstimatedBases, FixedBases, patch_self_attention
 from .settings import (
     CATEGORY,
@@ -85,7 +85,7 @@ class STEMPatchModel(io.ComfyNode):
             percent = (start_percent, end_percent)
             patched = patch_self_attention(model, layout, names, choice, percent, "STEMPatchModel")
         if basis is None:
-            remember_small_blocks(patched)
+            keep_block_memory(patched)
             announce_memory(patched, "STEMPatchModel", lambda model, frames: (frames, block_bytes(model.load_device)))
         return io.NodeOutput(patched)
 

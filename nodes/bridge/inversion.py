@@ -24,9 +24,9 @@ from ...stem.trajectory import InversionSettings, Trajectory
 from .batches import Batches, plan_batches
 from .companion import editor_on
 from .layout import Layout
-from .memory import context_memory, remember_small_blocks, withdraw_announcements
+from .memory import block_memory, context_memory, withdraw
 from .record import RECORD, BasisRecord
-from .self_attention import ContextChoice, patch_self_attention, without_own_patches
+from .self_attention import BLOCK_MEMORY, ContextChoice, patch_self_attention, without_own_patches
 
 GUIDANCE = (
     "sampler_calc_cond_batch_function",
@@ -111,8 +111,7 @@ def invert(
     model = without_guidance(without_own_patches(model))
     if choice is not None:
         model = patch_self_attention(model, layout, blocks, choice)
-    withdraw_announcements(model)  # of patches that are gone
-    remember_small_blocks(model)
+    withdraw(model)
     batches = batches or plan_batches(model, samples.shape, 0, choice, positive)
     path = empty_path(steps, samples.shape) if path is None else path
     picture = samples.shape[1:]
@@ -121,7 +120,7 @@ def invert(
     guider.inner_set_conds({"positive": positive})
     uuids = [cond["uuid"] for cond in guider.original_conds["positive"]]
     record = BasisRecord(levels[1:], blocks, uuids)
-    model.model_options["transformer_options"][RECORD] = record
+    model.model_options["transformer_options"] |= {RECORD: record, BLOCK_MEMORY: block_memory()}
     noisy = guider.sample(
         torch.zeros_like(samples),
         samples,

@@ -48,17 +48,24 @@ def announce_memory(model: ModelPatcher, node: str, needed: Needed) -> None:
         needed: It must not hold the model: a model that holds itself stays in core's list of loaded ones.
     """
     known = [wrapper.__self__.needed for wrapper in model.get_wrappers(WrappersMP.PREPARE_SAMPLING, KEY)]
-    withdraw_announcements(model)
+    model.remove_wrappers_with_key(WrappersMP.PREPARE_SAMPLING, KEY)
     announcement = Announcement({**(known[0] if known else {}), node: needed})
     model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, announcement.prepare)
 
 
-def withdraw_announcements(model: ModelPatcher) -> None:
-    model.remove_wrappers_with_key(WrappersMP.PREPARE_SAMPLING, KEY)
+def withdraw(model: ModelPatcher) -> None:
+    """Takes off what is announced, and the block memory of patches that are taken off too."""
+    for kind in (WrappersMP.PREPARE_SAMPLING, WrappersMP.OUTER_SAMPLE):
+        model.remove_wrappers_with_key(kind, KEY)
 
 
-def remember_small_blocks(model: ModelPatcher) -> None:
-    """Where memory runs out in an estimate of bases, all estimates of the run go on with smaller blocks."""
+def block_memory() -> BlockMemory:
+    """Of one run: where memory runs out in an estimate of bases, all estimates go on with smaller blocks."""
+    return BlockMemory(management.is_oom, _tell)
+
+
+def keep_block_memory(model: ModelPatcher) -> None:
+    """Lets every run of a model, which has been cloned already, have one."""
     model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _with_block_memory)
 
@@ -66,7 +73,7 @@ def remember_small_blocks(model: ModelPatcher) -> None:
 def _with_block_memory(executor: Callable, *args: Any, **kwargs: Any) -> Any:
     """OUTER_SAMPLE wrapper."""
     options = executor.class_obj.model_options.setdefault("transformer_options", {})
-    options[BLOCK_MEMORY] = BlockMemory(management.is_oom, _tell)
+    options[BLOCK_MEMORY] = block_memory()
     try:
         return executor(*args, **kwargs)
     finally:
