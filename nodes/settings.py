@@ -106,8 +106,9 @@ def warm_iterations_input() -> io.Int.Input:
         max=100,
         advanced=True,
         tooltip="Rounds from the second noise level on, starting from the bases of the level before, not em_iterations. "
-        "0 = as the paper: random bases at every level. 1 is faster, and changes the result about as much as another seed. "
-        "Not read when a basis is connected, nor by other methods.",
+        "0 = as the paper: random bases at every level. 1 is faster, and as good where the basis output is connected to the "
+        "editor; bases that an editor estimates anew fit less well then. Not read when a basis is connected, nor by other "
+        "methods.",
     )
 
 
