@@ -1,4 +1,4 @@
-"""python -m tools.bench {inversion,bases,edit,em,em-options,inversion-cost,keyframes,scale} [--quick] [--json FILE]"""
+"""python -m tools.bench WHAT [--quick] [--json FILE]; WHAT is one of BENCHMARKS."""
 
 import argparse
 from pathlib import Path
@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 
 from tools import places
-from tools.bench import bases, edit, em, em_options, inversion, inversion_cost, keyframes, report, scale
+from tools.bench import bases, edit, em, em_options, estimates, inversion, inversion_cost, keyframes, report, scale
 
 BENCHMARKS = {
     "inversion": inversion.run,
     "bases": bases.run,
     "edit": edit.run,
+    "estimates": estimates.run,
     "em": em.run,
     "em-options": em_options.run,
     "inversion-cost": inversion_cost.run,
