@@ -1,10 +1,11 @@
 """The main job end to end, through the nodes of the pack on a real server.
 
-    python -m tools.demo [--output output/demo] [--steps 50]
+    python -m tools.demo [--output output/demo] [--steps 50] [--animation FILE]
 
 A generated scene is inverted, sampled back, and edited into another colour, which is judged against its known
 truth; a stretch of a real clip is inverted and sampled back. The graphs are those of tests/graphs. Each clip
-leaves a video with its versions side by side and a contact sheet; the figures go to metrics.json.
+leaves a video with its versions side by side and a contact sheet; the figures go to metrics.json. `--animation` writes
+the scene's video as an animated picture too, as the README shows it.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from stem.metrics import estimate_flow, flicker, psnr, ssim
 from stem.reader import read_clip, true_reading
 from stem.scenes import Scene, random_scene, render
 from tools import places, processes
-from tools.pictures import contact_sheet, save_video, side_by_side
+from tools.pictures import contact_sheet, save_animation, save_video, side_by_side
 from tools.server import Graph, GraphError, Progress, Server, ServerError
 
 GRAPHS = places.ROOT / "tests" / "graphs"
@@ -151,11 +152,13 @@ def progress_bar(title: str, out: TextIO) -> Callable[[Progress], None]:
 # -------------------------------------------------------------------------------------------------- results
 
 
-def save(results: dict[str, Result], folder: Path) -> None:
-    """Writes every clip's video and contact sheet, and the figures of all."""
+def save(results: dict[str, Result], folder: Path, animation: Path | None = None) -> None:
+    """Writes every clip's video and contact sheet, and the figures of all; the scene's video as an animated picture too."""
     for name, result in results.items():
-        in_video = {label: result.clips[label] for label in IN_VIDEO if label in result.clips}
-        save_video(folder / f"{name}.mp4", side_by_side(in_video), FPS)
+        pictures = side_by_side({label: result.clips[label] for label in IN_VIDEO if label in result.clips})
+        save_video(folder / f"{name}.mp4", pictures, FPS)
+        if name == "scene" and animation is not None:
+            save_animation(animation, pictures, FPS)
         contact_sheet(result.clips).save(folder / f"{name}.png")
     figures = {name: result.metrics for name, result in results.items()}
     (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -184,6 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder of the results")
     parser.add_argument("--steps", type=int, default=50, help="steps of inversion and sampling")
+    parser.add_argument("--animation", type=Path, help="file for the scene as an animated picture")
     options = parser.parse_args(arguments)
     out = sys.stderr
     signal.signal(signal.SIGTERM, processes.interrupted)  # so that the server is ended too
@@ -195,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "scene": generated_scene(server, options.steps, out),
                 "bikes": real_clip(server, options.steps, out),
             }
-        save(results, options.output)
+        save(results, options.output, options.animation)
     except (places.SetupError, ServerError, GraphError, OSError) as error:
         print(f"\nThe demo stopped. {error}", file=out)
         return 1

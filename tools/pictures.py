@@ -76,6 +76,12 @@ def save_video(path: Path, pictures: Sequence[Image.Image], fps: float) -> None:
         container.mux(stream.encode())
 
 
+def save_animation(path: Path, pictures: Sequence[Image.Image], fps: float) -> None:
+    """Writes pictures of one size as an animated WebP that repeats for ever."""
+    first, *others = pictures
+    first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0, quality=80, method=6)
+
+
 def _moments(frames: int, columns: int) -> list[int]:
     """Numbers of evenly spaced frames, the first and the last among them."""
     return torch.linspace(0, frames - 1, columns).round().int().tolist()

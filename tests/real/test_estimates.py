@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tools.bench import estimates
+from tools import places
+from tools.bench import estimates, report
 
 CUDA = torch.device("cuda")
 
@@ -32,3 +33,17 @@ def test_queries_and_keys_for_fatezero_are_counted_as_its_equation_says(sd15, pa
     )
     beside = sd15[frames]["STEM FateZero"] - sd15[frames]["sampling, all frames together"]
     assert beside == 2 * numbers
+
+
+def test_readme_has_what_is_estimated(pack, monkeypatch):
+    import comfy.model_management
+
+    monkeypatch.setattr(comfy.model_management, "pytorch_attention_flash_attention", lambda: True)
+    family, rows = estimates.FAMILIES["SD1.5, 512 x 512"], {}
+    for frames in estimates.CLIPS:
+        for task, needed in estimates.estimate(pack, family, frames, CUDA).items():
+            rows.setdefault(task, {})[str(frames)] = needed / estimates.GIB
+    made = report.table(rows, {str(frames): ("", ".1f") for frames in estimates.CLIPS}, "")
+    readme = (places.ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    weights, *others = made.splitlines()[2:]
+    assert set(others) <= set(readme) and "1.6" in weights

@@ -696,7 +696,7 @@ def test_editing_with_its_own_prompt_gives_the_clip_back(pack):
     """Target prompt = source prompt, cfg 1, everything injected: within 1 dB of plain sampling where every frame is a keyframe.
 
     What is injected loses nothing: frame by frame it is no worse than plain sampling. Features that are carried from one
-    keyframe in eight lose 1.0 to 1.2 dB in 20 steps (README).
+    keyframe in eight lose 1.0 to 1.2 dB in 20 steps (doc/quality.md).
     """
     model, text, vae = pack.nodes.demo.STEMDemoModel.execute().result
     images, _, words = pack.nodes.demo.STEMDemoClip.execute(
