@@ -30,9 +30,10 @@ serve: setup  ## run ComfyUI with the pack on 127.0.0.1:8188
 bench: setup  ## measure the inversion methods on a few clips
 	@$(PYTHON) -m tools.bench inversion --quick $(ARGS)
 
-lint: setup-tests  ## check style and formatting
+lint: setup-tests  ## check style, formatting and security
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m bandit --quiet --configfile pyproject.toml --recursive __init__.py nodes stem
 
 which-python:  ## print the Python of the environment
 	@$(BOOTSTRAP) which-python
