@@ -7,7 +7,7 @@ BOOTSTRAP = $(PYTHON3) -m tools.bootstrap
 PYTHON = "$$($(BOOTSTRAP) which-python)"
 ARGS ?=
 
-.PHONY: help setup setup-tests demo test serve bench lint which-python
+.PHONY: help setup setup-tests demo test serve bench soak lint which-python
 
 help:  ## show this list
 	@sed -n 's/^\([a-z3-]*\):.*##  *\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -29,6 +29,9 @@ serve: setup  ## run ComfyUI with the pack on 127.0.0.1:8188
 
 bench: setup  ## measure the inversion methods on a few clips
 	@$(PYTHON) -m tools.bench inversion --quick $(ARGS)
+
+soak: setup  ## 300 mixed runs on one server: memory, equal results, nothing stuck
+	@$(PYTHON) -m tools.soak $(ARGS)
 
 lint: setup-tests  ## check style, formatting and security
 	@$(PYTHON) -m ruff check .
