@@ -42,6 +42,10 @@ CONTRACT = {
         ],
         ["MODEL", "MASK"],
     ),
+    "STEMSaveInversion": (["latents", "trajectory", "basis", "filename_prefix"], ["STRING"]),
+    "STEMLoadInversion": (["file"], ["LATENT", "SIGMAS", "STEM_TRAJECTORY", "STEM_BASIS"]),
+    "STEMSaveBasis": (["basis", "filename_prefix"], ["STRING"]),
+    "STEMLoadBasis": (["file"], ["STEM_BASIS"]),
 }  # fmt: skip
 DEFAULTS = {
     "steps": 50, "num_bases": 256, "em_iterations": 5, "keyframes": 16, "seed": 0, "temperature": 0.01, "method": "stem",
@@ -53,6 +57,7 @@ DEFAULTS = {
     "source_prompt": "", "target_prompt": "", "cross_until": 0.8, "self_until": 0.8, "attention": "refine", "reweight": "",
     "blend_words": "", "blend_threshold": 0.3, "blend_latents": False, "context": "mid", "min_channels": 640,
     "joint_norm": False, ("STEMFateZero", "blocks"): "input_4-8, middle, output_0-8", "blend_timing": "official",
+    ("STEMSaveInversion", "filename_prefix"): "stem/inversion", ("STEMSaveBasis", "filename_prefix"): "stem/basis",
 }  # fmt: skip
 ADVANCED = {
     "temperature", "blocks", "frames_per_em", "frames_per_batch", "trajectory_dtype", "trajectory_on_disk", "warm_iterations",
