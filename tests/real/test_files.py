@@ -215,7 +215,7 @@ def test_the_workflow_stays_out_where_metadata_is_disabled(pack, model, monkeypa
 
 
 @pytest.mark.parametrize(
-    "prefix", ["../x", "stem/../../x", "/tmp/x", "link/x", "", ".", "..", "a/..", ".hidden/x", "a/.x", "a\0b/x"]
+    "prefix", ["../x", "stem/../../x", "/x", "link/x", "", ".", "..", "a/..", ".hidden/x", "a/.x", "a\0b/x"]
 )
 def test_nothing_is_written_elsewhere(pack, model, folders, prefix):
     (folders / "elsewhere").mkdir()
