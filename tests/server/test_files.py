@@ -42,20 +42,14 @@ def node(class_type: str, **inputs) -> Graph:
 
 def test_what_one_graph_saved_another_edits_and_unchanged_it_is_not_read_again(server, saved):
     graph = short_edit()
-    graph["kept"] = node(
-        "STEMSaveInversion",
-        latents=["invert", 0],
-        trajectory=["invert", 2],
-        basis=["invert", 3],
-        filename_prefix=f"{saved}/clip",
-    )
+    found = {"latents": ["invert", 0], "trajectory": ["invert", 2], "basis": ["invert", 3]}
+    graph["kept"] = node("STEMSaveInversion", **found, filename_prefix=f"{saved}/clip")
     graph["kept_basis"] = node("STEMSaveBasis", basis=["invert", 3], filename_prefix=f"{saved}/clip")
     entry = server.run(graph)
     edited = previews(server, entry)["edit"]
     file, basis = f"{saved}/clip_00001_.stem.safetensors [output]", f"{saved}/clip_00001_.stem-basis.safetensors [output]"
-    assert entry["outputs"]["kept"]["text"][0].startswith(f"{file}\n") and entry["outputs"]["kept_basis"]["text"][0].startswith(
-        basis
-    )
+    for name, told in (("kept", file), ("kept_basis", basis)):
+        assert entry["outputs"][name]["text"][0].startswith(f"{told}\n")
     info = server.object_info()
     for class_type, name in (("STEMLoadInversion", file), ("STEMLoadBasis", basis)):
         assert name in info[class_type]["input"]["required"]["file"][1]["options"]
