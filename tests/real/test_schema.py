@@ -2,8 +2,11 @@
 
 import asyncio
 import inspect
+import json
 
 import pytest
+
+from tools import places
 
 CONTRACT = {
     "STEMDemoModel": ([], ["MODEL", "CLIP", "VAE"]),
@@ -105,3 +108,9 @@ def test_sockets_come_first_and_advanced_widgets_last(pack):
         inputs = node.define_schema().inputs
         rank = [0 if not hasattr(i, "default") else 2 if i.advanced else 1 for i in inputs]
         assert rank == sorted(rank)
+
+
+def test_the_list_for_comfyui_manager_is_that_of_the_nodes(pack):
+    """Of ids and descriptions, as ComfyUI-Manager reads it where it finds no NODE_CLASS_MAPPINGS."""
+    listed = json.loads((places.ROOT / "node_list.json").read_text(encoding="utf-8"))
+    assert listed == {name: node.define_schema().description for name, node in nodes_of(pack).items()}
