@@ -155,7 +155,7 @@ def _form(key: tuple[str, ...], said: str, language: str) -> Iterator[str]:
 
 def _content(text: str, said: str, terms: list[tuple[re.Pattern, str]], names: dict[str, str]) -> Iterator[str]:
     """What the English text has and the translation has not."""
-    quoted = re.findall(r'"[^"]+"', text)
+    quoted = re.findall(r'"[^"]+"|%\w+%', text)
     plain = re.sub(r'"[^"]+"', "", text)
     for name in sorted(names, key=len, reverse=True):
         if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", plain):
