@@ -18,7 +18,6 @@ from tools.schemas import FROM_FILES, schemas
 FOLDER = places.ROOT / "web" / "docs"
 BEGIN = "<!-- The tables are written by python -m tools.help -->"
 END = "<!-- End of the tables -->"
-TYPES = {"COMBO": "choice", "BOOLEAN": "on or off", "STRING": "text", "INT": "whole number", "FLOAT": "number"}
 
 
 def page_of(node: str) -> Path:
@@ -45,8 +44,8 @@ def _input_row(node: str, given: Any) -> tuple[str, ...]:
     told = given.as_dict()
     marks = [mark for mark in ("optional", "advanced") if told.get(mark)]
     name = f"`{given.id}`" + (f" ({', '.join(marks)})" if marks else "")
-    type_ = TYPES.get(given.get_io_type(), given.get_io_type())
-    return name, type_, _default(told), _range(told, (node, given.id) in FROM_FILES), _plain(told.get("tooltip", ""))
+    range_ = _range(told, (node, given.id) in FROM_FILES)
+    return name, given.get_io_type(), _default(told), range_, _plain(told.get("tooltip", ""))
 
 
 def _default(told: dict[str, Any]) -> str:
