@@ -19,6 +19,7 @@ from tools.pictures import save_animation, side_by_side
 from tools.server import Graph, GraphError, Server, ServerError
 
 PROMPTS = ("a red star on grass", "a blue circle on sand", "a yellow square on water")
+STEPS = 20  # of inversion and sampling; the whole lot takes minutes on a CPU
 SEEDS = 6  # pictures of each prompt
 LONG = 3  # of a long clip every third frame is shown
 
@@ -72,12 +73,12 @@ def demo_clip() -> Graph:
 
 
 def inverted() -> Graph:
-    graph = load_graph("reconstruct")
+    graph = load_graph("reconstruct", STEPS)
     return graph | decoded("noise", ["invert", 0])
 
 
 def patched() -> Graph:
-    graph = load_graph("reconstruct")
+    graph = load_graph("reconstruct", STEPS)
     sample = graph["sample"]
     graph["plain sample"] = {**sample, "inputs": sample["inputs"] | {"model": ["demo", 0]}}
     return graph | decoded("plain", ["plain sample", 0])
@@ -87,12 +88,12 @@ PICTURES = {
     "STEMDemoModel": Picture(demo_model, {prompt: prompt for prompt in PROMPTS}, fps=1),
     "STEMDemoClip": Picture(demo_clip, {"images": "images", "mask": "mask", "background sand": "changed"}),
     "STEMBasisEstimate": Picture(
-        lambda: load_graph("long_clip", 20), {"source, 48 frames": "source", "sampled back": "reconstruction"}, every=LONG
+        lambda: load_graph("long_clip", STEPS), {"source, 48 frames": "source", "sampled back": "reconstruction"}, every=LONG
     ),
     "STEMInvertLatents": Picture(inverted, {"source": "source", "its noise": "noise", "sampled back": "reconstruction"}),
     "STEMPatchModel": Picture(patched, {"source": "source", "without this node": "plain", "with this node": "reconstruction"}),
-    "STEMTokenFlow": Picture(lambda: load_graph("tokenflow"), {"source": "source", "a blue star on grass": "edit"}),
-    "STEMFateZero": Picture(lambda: load_graph("fatezero"), {"source": "source", "a blue star on grass": "edit"}),
+    "STEMTokenFlow": Picture(lambda: load_graph("tokenflow", STEPS), {"source": "source", "a blue star on grass": "edit"}),
+    "STEMFateZero": Picture(lambda: load_graph("fatezero", STEPS), {"source": "source", "a blue star on grass": "edit"}),
 }
 
 
