@@ -32,7 +32,15 @@ class STEMBasisEstimate(io.ComfyNode):
             category=CATEGORY,
             description="Finds the bases that stand for a whole video, from keyframes spread evenly over it. With this basis "
             "every frame can be inverted on its own, so a long clip can be split into batches without a seam.",
-            search_aliases=["video basis", "expectation maximisation", "em bases", "256 bases", "stem inversion"],
+            search_aliases=[
+                "video basis",
+                "expectation maximisation",
+                "em bases",
+                "256 bases",
+                "stem inversion",
+                "long video",
+                "keyframes",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The image model that will invert and edit the clip (SD1.x, SD2.x, SDXL)."),
                 io.Latent.Input("latents", tooltip="All frames of the clip, from VAE Encode."),

@@ -26,7 +26,20 @@ class STEMFateZero(io.ComfyNode):
             category=CATEGORY,
             description="Edits an inverted clip by prompt and keeps the attention of the source: its layout, motion and all "
             "that the words do not change. Put it on the model of the sampler.",
-            search_aliases=["fatezero", "prompt to prompt", "p2p", "attention fusion", "video editing", "style", "attribute"],
+            search_aliases=[
+                "fatezero",
+                "prompt to prompt",
+                "p2p",
+                "attention fusion",
+                "attention control",
+                "video editing",
+                "edit video",
+                "video to video",
+                "vid2vid",
+                "word swap",
+                "style",
+                "attribute",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the clip was inverted with (SD1.x, SD2.x, SDXL)."),
                 StemTrajectory.Input("trajectory", tooltip="From STEM Invert Latents, by any of its methods."),

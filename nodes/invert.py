@@ -37,7 +37,17 @@ class STEMInvertLatents(io.ComfyNode):
             category=CATEGORY,
             description="Finds the noise that a video came from. Sampling from that noise with the same prompt gives the clip "
             "back; with another prompt it gives an edited one.",
-            search_aliases=["video inversion", "ddim inversion", "unsampler", "noise inversion", "stem inversion"],
+            search_aliases=[
+                "video inversion",
+                "ddim inversion",
+                "unsampler",
+                "noise inversion",
+                "stem inversion",
+                "invert video",
+                "video to noise",
+                "reverse sampling",
+                "vid2vid",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="An image model (SD1.x, SD2.x, SDXL) with any LoRA or motion module on it."),
                 io.Latent.Input("latents", tooltip="All frames of the clip, from VAE Encode. A noise mask is not used."),

@@ -29,7 +29,14 @@ class STEMPatchModel(io.ComfyNode):
             description="Lets all frames of a clip share a few bases in the model's self-attention, in any sampler. Use it "
             "when you sample from noise that STEM Invert Latents found. On blocks that an earlier STEM Patch Model acts on, "
             "the later one counts.",
-            search_aliases=["stem attention", "video consistency", "shared attention", "consistent frames"],
+            search_aliases=[
+                "stem attention",
+                "video consistency",
+                "shared attention",
+                "consistent frames",
+                "temporal consistency",
+                "flicker",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="An image model: SD1.x, SD2.x or SDXL."),
                 StemBasis.Input(

@@ -19,7 +19,18 @@ class STEMTokenFlow(io.ComfyNode):
             category=CATEGORY,
             description="Edits an inverted clip by prompt so that the edit moves with the source: a few keyframes are edited "
             "together, and all other frames take over their features. Put it on the model of the sampler.",
-            search_aliases=["tokenflow", "video editing", "plug and play", "pnp", "consistent edit", "video to video"],
+            search_aliases=[
+                "tokenflow",
+                "video editing",
+                "edit video",
+                "plug and play",
+                "pnp",
+                "consistent edit",
+                "video to video",
+                "vid2vid",
+                "video style transfer",
+                "temporal consistency",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the clip was inverted with (SD1.x, SD2.x, SDXL)."),
                 StemTrajectory.Input("trajectory", tooltip="From STEM Invert Latents, by any of its methods."),

@@ -63,6 +63,14 @@ ADVANCED = {
     "joint_norm", "blend_timing",
 }  # fmt: skip
 
+FOUND_BY = {
+    "video inversion": "STEMInvertLatents", "ddim inversion": "STEMInvertLatents", "unsampler": "STEMInvertLatents",
+    "invert video": "STEMInvertLatents", "long video": "STEMBasisEstimate", "temporal consistency": "STEMPatchModel",
+    "tokenflow": "STEMTokenFlow", "pnp": "STEMTokenFlow", "fatezero": "STEMFateZero", "prompt to prompt": "STEMFateZero",
+    "video editing": "STEMFateZero", "video to video": "STEMTokenFlow", "vid2vid": "STEMTokenFlow",
+    "test video": "STEMDemoClip", "tiny model": "STEMDemoModel",
+}  # fmt: skip
+
 
 def nodes_of(pack):
     async def ask():
@@ -92,6 +100,21 @@ def test_every_part_is_explained(pack, name):
     assert schema.description and schema.search_aliases and schema.display_name.startswith("STEM ")
     for part in [*schema.inputs, *schema.outputs]:
         assert part.tooltip and part.tooltip.endswith("."), part
+
+
+@pytest.mark.parametrize("words", FOUND_BY)
+def test_the_words_of_the_field_find_their_node(pack, words):
+    schema = nodes_of(pack)[FOUND_BY[words]].define_schema()
+    assert words in schema.search_aliases
+
+
+def test_nodes_stand_together_where_videos_are_and_aliases_are_plain_words(pack):
+    for name, node in nodes_of(pack).items():
+        schema = node.define_schema()
+        assert schema.category.split("/")[:2] == ["video", "STEM"], name
+        for alias in schema.search_aliases:
+            assert alias == alias.strip().lower() and alias != schema.display_name.lower(), (name, alias)
+        assert len(set(schema.search_aliases)) == len(schema.search_aliases), name
 
 
 @pytest.mark.parametrize("name", CONTRACT)

@@ -1,0 +1,119 @@
+"""Makes the pictures of the help pages from real runs of the nodes.
+
+    python -m tools.help_pictures [--only STEMInvertLatents ...]
+
+Each picture shows clips beside each other, moving, in web/docs/<NodeId>.webp. The graphs are those of tests/graphs with what
+is to be seen added, run with the demo model on a real server.
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from tools import places, processes
+from tools.demo import FPS, load_graph, run
+from tools.help import FOLDER
+from tools.pictures import save_animation, side_by_side
+from tools.server import Graph, GraphError, Server, ServerError
+
+PROMPTS = ("a red star on grass", "a blue circle on sand", "a yellow square on water")
+STEPS = 20  # of inversion and sampling; the whole lot takes minutes on a CPU
+SEEDS = 6  # pictures of each prompt
+LONG = 3  # of a long clip every third frame is shown
+
+
+class Picture(NamedTuple):
+    graph: Callable[[], Graph]
+    clips: dict[str, str]  # caption -> node id of a PreviewImage
+    fps: float = FPS
+    every: int = 1  # frames that are shown
+
+
+def shown(graph: Graph, **sources: list) -> Graph:
+    """The graph with a preview of each of these outputs, by the node's id."""
+    return graph | {name: {"class_type": "PreviewImage", "inputs": {"images": source}} for name, source in sources.items()}
+
+
+def demo_model() -> Graph:
+    graph = {
+        "demo": {"class_type": "STEMDemoModel", "inputs": {}},
+        "empty": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": SEEDS}},
+        "negative": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["demo", 1], "text": ""}},
+    }
+    for prompt in PROMPTS:
+        graph[f"text {prompt}"] = {"class_type": "CLIPTextEncode", "inputs": {"clip": ["demo", 1], "text": prompt}}
+        graph[f"sample {prompt}"] = {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": ["demo", 0], "positive": [f"text {prompt}", 0], "negative": ["negative", 0],
+                "latent_image": ["empty", 0], "seed": 0, "steps": 30, "cfg": 3.0, "sampler_name": "euler",
+                "scheduler": "ddim_uniform", "denoise": 1.0,
+            },
+        }  # fmt: skip
+        graph |= decoded(prompt, [f"sample {prompt}", 0])
+    return graph
+
+
+def decoded(name: str, latents: list) -> Graph:
+    """Nodes that show latents, the preview under this name."""
+    decode = {"class_type": "VAEDecode", "inputs": {"samples": latents, "vae": ["demo", 2]}}
+    return shown({f"decode {name}": decode}, **{name: [f"decode {name}", 0]})
+
+
+def demo_clip() -> Graph:
+    chosen = {"seed": 33, "frames": 16, "size": 128, "colour": "red", "shape": "star", "background": "grass"}
+    graph = {
+        "clip": {"class_type": "STEMDemoClip", "inputs": chosen},
+        "other": {"class_type": "STEMDemoClip", "inputs": chosen | {"background": "sand"}},
+        "white": {"class_type": "MaskToImage", "inputs": {"mask": ["clip", 1]}},
+    }
+    return shown(graph, images=["clip", 0], mask=["white", 0], changed=["other", 0])
+
+
+def inverted() -> Graph:
+    graph = load_graph("reconstruct", STEPS)
+    return graph | decoded("noise", ["invert", 0])
+
+
+def patched() -> Graph:
+    graph = load_graph("reconstruct", STEPS)
+    sample = graph["sample"]
+    graph["plain sample"] = {**sample, "inputs": sample["inputs"] | {"model": ["demo", 0]}}
+    return graph | decoded("plain", ["plain sample", 0])
+
+
+PICTURES = {
+    "STEMDemoModel": Picture(demo_model, {prompt: prompt for prompt in PROMPTS}, fps=1),
+    "STEMDemoClip": Picture(demo_clip, {"images": "images", "mask": "mask", "background sand": "changed"}),
+    "STEMBasisEstimate": Picture(
+        lambda: load_graph("long_clip", STEPS), {"source, 48 frames": "source", "sampled back": "reconstruction"}, every=LONG
+    ),
+    "STEMInvertLatents": Picture(inverted, {"source": "source", "its noise": "noise", "sampled back": "reconstruction"}),
+    "STEMPatchModel": Picture(patched, {"source": "source", "without this node": "plain", "with this node": "reconstruction"}),
+    "STEMTokenFlow": Picture(lambda: load_graph("tokenflow", STEPS), {"source": "source", "a blue star on grass": "edit"}),
+    "STEMFateZero": Picture(lambda: load_graph("fatezero", STEPS), {"source": "source", "a blue star on grass": "edit"}),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PICTURES, default=list(PICTURES), help="nodes to make pictures of")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, processes.interrupted)  # so that the server is ended too
+    try:
+        with Server() as server:
+            for name in options.only:
+                picture = PICTURES[name]
+                clips, _ = run(server, picture.graph(), name, sys.stderr)
+                chosen = {caption: clips[node][:: picture.every] for caption, node in picture.clips.items()}
+                save_animation(FOLDER / f"{name}.webp", side_by_side(chosen), picture.fps)
+    except (places.SetupError, ServerError, GraphError, OSError) as error:
+        print(f"No more pictures were made. {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
