@@ -36,6 +36,7 @@ class Batches:
             together: Of how many frames a batch has to be a multiple; 0 where calls cannot be split.
         """
         self.size, self.together = size, together
+        self.follow: Callable[[Sequence[int], int], None] = lambda ids, frames: None  # told of parts of calls
         self.ran_out = 0  # frames with which memory ran out since the last call that went well
 
     def place(self, model: ModelPatcher, memory: Callable[[ModelPatcher, int], int]) -> None:
@@ -64,9 +65,10 @@ class Batches:
                 if len(rows) == frames:
                     outs.append(executor(model, conds, x_in, timestep, model_options, *args, **kwargs))
                 else:
-                    chosen = [select_prepared(role, rows, frames) for role in conds]
+                    chosen, now = [select_prepared(role, rows, frames) for role in conds], told(options, rows, frames)
+                    self.follow(now["ad_params"]["sub_idxs"], now["ad_params"]["full_length"])
                     with hints_of_frames(chosen, rows):
-                        call = x_in[rows], timestep[rows], {**model_options, "transformer_options": told(options, rows, frames)}
+                        call = x_in[rows], timestep[rows], {**model_options, "transformer_options": now}
                         outs.append(executor(model, chosen, *call, *args, **kwargs))
             except Exception as error:
                 if not self._halve(error, len(rows), model_options):

@@ -8,6 +8,7 @@ import logging
 import math
 from dataclasses import dataclass, field
 
+from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -74,6 +75,7 @@ class Passes:
                 run.kept.source = None  # before there is another
                 now.source = Source(sigma)
                 seen = seen_by_the_inversion(run.trajectory, sigma, x_in)
+                throw_exception_if_processing_interrupted()
                 executor(model, [run.prompt(sigma)], seen, timestep, told, *args, **kwargs)
                 self._check_source(now)
                 run.kept.source = now.source
@@ -82,6 +84,7 @@ class Passes:
             run.kept.source = None
         now.of_source = False
         x = x_in if run.mask is None else run.keep(x_in, run.latents(sigma, x_in))
+        throw_exception_if_processing_interrupted()
         outs = executor(model, conds, x, timestep, told, *args, **kwargs)
         if now.target_words:
             words = mean_over_blocks(now.source.words) if now.blend else None

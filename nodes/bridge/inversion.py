@@ -11,7 +11,6 @@ import comfy.model_management
 import comfy.samplers
 import comfy.utils
 import folder_paths
-import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.model_sampling import ModelSamplingDiscrete
@@ -25,6 +24,7 @@ from .batches import Batches, plan_batches
 from .companion import editor_on
 from .layout import Layout
 from .memory import block_memory, context_memory, withdraw
+from .progress import Progress
 from .record import RECORD, BasisRecord
 from .self_attention import BLOCK_MEMORY, ContextChoice, patch_self_attention, without_own_patches
 
@@ -121,15 +121,17 @@ def invert(
     uuids = [cond["uuid"] for cond in guider.original_conds["positive"]]
     record = BasisRecord(levels[1:], blocks, uuids)
     model.model_options["transformer_options"] |= {RECORD: record, BLOCK_MEMORY: block_memory()}
-    noisy = guider.sample(
-        torch.zeros_like(samples),
-        samples,
-        comfy.samplers.KSAMPLER(climb, {"path": path}),
-        levels,
-        callback=latent_preview.prepare_callback(model, steps),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=0,
-    )
+    with Progress(model, steps) as progress:
+        batches.follow = progress.frames
+        noisy = guider.sample(
+            torch.zeros_like(samples),
+            samples,
+            comfy.samplers.KSAMPLER(climb, {"path": path, "progress": progress}),
+            levels,
+            callback=progress.callback,
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=0,
+        )
     settings = InversionSettings(method, steps, basis)
     return Inversion(
         noisy.to(comfy.model_management.intermediate_device()),
@@ -171,7 +173,9 @@ def without_guidance(model: ModelPatcher) -> ModelPatcher:
     return model
 
 
-def climb(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable: bool, path: Levels) -> Tensor:
+def climb(
+    model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable: bool, path: Levels, progress: Progress
+) -> Tensor:
     """A sampler function (k-diffusion's form) over rising sigmas (t+1,); fills `path` (t+1, ...) with the latents on the way.
 
     Source: `stem.ddim.inversion_update`.
@@ -182,6 +186,7 @@ def climb(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable:
     for i in comfy.utils.model_trange(len(sigmas) - 1, disable=disable):
         comfy.model_management.throw_exception_if_processing_interrupted()
         source, destination = sigmas[i], sigmas[i + 1]
+        progress.level(float(destination))
         denoised = model(inversion_input(x, source, destination), destination * each, **extra_args)
         if (denoised == 0).all(dim=1).any():  # core's answer where no conditioning is active
             raise ValueError(

@@ -6,7 +6,6 @@ import comfy.hooks
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
-import latent_preview
 import pytest
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock
@@ -234,18 +233,6 @@ def test_half_precision_comes_near_to_full(pack):
     assert 0 < difference(half[0]["samples"], full[0]["samples"]) < 0.02
     assert {x.dtype for x in half[3].keys + half[3].values} == {torch.float16}
     assert half[2].latents.dtype == torch.float32
-
-
-def test_the_preview_is_shown_every_step(pack, monkeypatch):
-    shown = []
-    monkeypatch.setattr(
-        latent_preview, "prepare_callback", lambda model, steps: lambda step, x0, x, total: shown.append((step, x0, total))
-    )
-    latents = clip_latents(2)
-    trajectory = invert(pack, tiny_model(), latents, prompt(), "ddim", steps=3)[2]
-    assert [(step, total) for step, _, total in shown] == [(0, 3), (1, 3), (2, 3)]
-    start = trajectory.latents[0] / (1 + trajectory.sigmas[0] ** 2) ** 0.5
-    assert difference(shown[0][1], start) < 0.1, "what a preview decodes is the clip, not its noise"
 
 
 def test_the_recorded_bases_are_those_of_the_first_prompt(pack):
