@@ -121,7 +121,8 @@ class Progress:
 
     def frames(self, ids: Sequence[int], frames: int) -> None:
         """A model call with some of a clip's frames begins."""
-        self._tell(f", frames {ids[0] + 1} to {ids[-1] + 1} of {frames}")
+        which = f"frames {ids[0] + 1} to {ids[-1] + 1}" if len(ids) > 1 else f"frame {ids[0] + 1}"
+        self._tell(f", {which} of {frames}")
 
     def callback(self, step: int, x0: Tensor, x: Tensor, total: int) -> None:
         """A noise level is done. Core raises its interruption here."""

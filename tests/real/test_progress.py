@@ -1,7 +1,7 @@
 """What an inversion tells while it runs, and how soon it stops when it is told to."""
 
-import copy
 import io
+import itertools
 
 import comfy.cli_args
 import comfy.model_management
@@ -95,7 +95,7 @@ def test_every_level_moves_the_bar_and_the_preview_is_the_clip(pack, shown, monk
         wanted = previewer.decode_latent_to_preview(clean[i : i + 1]).resize(first.size, Image.Resampling.BILINEAR)
         a, b = (torch.frombuffer(bytearray(x), dtype=torch.uint8).float() for x in (got, wanted.tobytes()))
         assert (a - b).abs().mean() < 8 < b.std()
-    for earlier, later in zip(shown, shown[1:], strict=False):  # what the classic front end draws is another frame each time
+    for earlier, later in itertools.pairwise(shown):  # what the classic front end draws is another frame each time
         a, b = pictures(saved(earlier[2])), pictures(saved(later[2]))
         near = [sum(abs(x - y) for x, y in zip(a[1], c, strict=True)) for c in b]
         assert near.index(min(near)) == 0
@@ -138,14 +138,14 @@ def test_no_preview_where_the_user_wants_none(pack, shown, monkeypatch):
 def test_previews_take_a_twentieth_of_the_time_at_most(pack, shown, clock, monkeypatch):
     progress = pack.nodes.bridge.progress
     previews, x0 = progress.Previews(tiny_model()), clip_latents(3)["samples"]
-    usual = progress.animated
+    usual, spent = progress.animated, [0.0]
 
     def slow(chosen):
-        clock[0] += spent
+        clock[0] += spent[0]
         return usual(chosen)
 
     monkeypatch.setattr(progress, "animated", slow)
-    for spent, pause in ((0.001, 0.5), (0.1, 2.0)):
+    for spent[0], pause in ((0.001, 0.5), (0.1, 2.0)):
         clock[0] += 100
         assert previews.of(x0) is not None
         clock[0] += pause - 0.01
@@ -195,18 +195,19 @@ def test_a_time_is_told_in_minutes(pack, seconds, text):
     assert pack.nodes.bridge.progress.clock(seconds) == text
 
 
+def told_frames(lines):
+    return [line.split(", ")[1] for line in lines if ", frame" in line]
+
+
 def test_batches_are_told_by_the_frames_of_the_clip(pack, lines, monkeypatch):
     monkeypatch.setattr(pack.nodes.bridge.progress, "STATUS_EVERY", 0)
     invert(pack, tiny_model(), frames_per_batch=3)
-    assert [line.split(", ")[1] for line in lines if "frames" in line] == [
-        f"frames {a} to {b} of {FRAMES}" for a, b in ((1, 3), (4, 6), (7, 7))
-    ] * STEPS
+    assert told_frames(lines) == ["frames 1 to 3 of 7", "frames 4 to 6 of 7", "frame 7 of 7"] * STEPS
     lines.clear()
-    windows = ContextWindowsManualNode.execute(tiny_model(), 4, 1, "standard_static", 1, False, "flat", 0, False, 0).result[0]
-    invert(pack, windows, frames_per_batch=2)
-    assert [line.split(", ")[1] for line in lines if "frames" in line] == [
-        f"frames {a} to {b} of {FRAMES}" for a, b in ((1, 2), (3, 4), (4, 5), (6, 7))
-    ] * STEPS
+    windows = ContextWindowsManualNode.execute(tiny_model(), 4, 1, "standard_static", 1, False, "flat", 0, False).result[0]
+    invert(pack, windows, frames_per_batch=2)  # frame 3 is the anchor that core puts in front of the second window
+    expected = ["frames 1 to 2", "frames 3 to 4", "frames 3 to 4", "frames 5 to 6", "frame 7"]
+    assert told_frames(lines) == [f"{frames} of 7" for frames in expected] * STEPS
 
 
 def test_a_run_that_breaks_off_says_where(pack, lines):
@@ -233,28 +234,27 @@ def stop_after(call: int, begun: list):
     return wrapper
 
 
-def check_cancelling(model, run, call):
+def check_cancelling(model, run, calls):
     """`run` of a model gives a tensor; no model call begins after the interruption, and nothing is left of the run."""
-    expected, options, begun = run(model), copy.deepcopy(model.model_options), []
-    stopping = model.clone()
-    stopping.set_model_unet_function_wrapper(stop_after(call, begun))
-    with pytest.raises(comfy.model_management.InterruptProcessingException):
-        run(stopping)
-    assert len(begun) == call
+    expected, options = run(model), model.clone().model_options
+    for call in calls:
+        stopping, begun = model.clone(), []
+        stopping.set_model_unet_function_wrapper(stop_after(call, begun))
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            run(stopping)
+        assert len(begun) == call
+        assert not comfy.model_management.processing_interrupted()
     assert model.model_options == options
-    assert not comfy.model_management.processing_interrupted()
     assert torch.equal(run(model), expected)
 
 
-@pytest.mark.parametrize("call", [1, 3])
 @pytest.mark.parametrize("changes", [{}, {"frames_per_batch": 2}, {"method": "stem"}], ids=["ddim", "batches", "stem"])
-def test_an_inversion_stops_before_the_next_model_call(pack, changes, call):
-    check_cancelling(tiny_model(), lambda model: invert(pack, model, **changes)[2].latents, call)
+def test_an_inversion_stops_before_the_next_model_call(pack, changes):
+    check_cancelling(tiny_model(), lambda model: invert(pack, model, **changes)[2].latents, (1, 3))
 
 
-@pytest.mark.parametrize("call", [1, 3])
-def test_a_basis_estimate_stops_before_the_next_model_call(pack, call):
-    check_cancelling(tiny_model(), lambda model: torch.stack([*estimate(pack, model)[0].keys[0]]), call)
+def test_a_basis_estimate_stops_before_the_next_model_call(pack):
+    check_cancelling(tiny_model(), lambda model: torch.stack([*estimate(pack, model)[0].keys[0]]), (1, 3))
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
@@ -278,8 +278,7 @@ def test_expectation_maximisation_stops_within_a_model_call(pack, call, monkeypa
     assert torch.equal(invert(pack, model, method="stem")[2].latents, expected)
 
 
-@pytest.mark.parametrize("call", [1, 2, 3, 4])
-def test_sampling_under_tokenflow_stops_before_the_next_pass(pack, call):
+def test_sampling_under_tokenflow_stops_before_the_next_pass(pack):
     """Four passes at least: keyframes of the source and of the edit, then groups of frames of each."""
     from test_tokenflow import DEFAULTS, edit, sample
 
@@ -287,11 +286,11 @@ def test_sampling_under_tokenflow_stops_before_the_next_pass(pack, call):
     noise, sigmas, trajectory, _ = invert(pack, plain)
     assert DEFAULTS["mode"] == "pnp"
     edited = edit(pack, plain, trajectory)
-    check_cancelling(edited, lambda model: sample(model, noise["samples"], sigmas[:3]), call)
+    check_cancelling(edited, lambda model: sample(model, noise["samples"], sigmas[:3]), (1, 2, 3, 4))
 
 
-@pytest.mark.parametrize("call", [1, 2, 3])
-def test_sampling_under_fatezero_stops_before_the_next_pass(pack, demo, inverted_demo, call):
+def test_sampling_under_fatezero_stops_before_the_next_pass(pack, demo, inverted_demo):
+    """Two of each level: the source's and the edit's."""
     noise, sigmas, trajectory, _ = inverted_demo
     edited = fatezero_card.edit(pack, demo, trajectory)[0]
-    check_cancelling(edited, lambda model: fatezero_card.sample(demo, model, noise["samples"], sigmas[:3]), call)
+    check_cancelling(edited, lambda model: fatezero_card.sample(demo, model, noise["samples"], sigmas[:3]), (1, 2, 3))
