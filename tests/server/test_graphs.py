@@ -43,7 +43,7 @@ def node(class_type: str, **inputs) -> Graph:
     ("name", "clips", "width", "near"),
     [  # near: dB of the reconstruction; noise added, or the source in place of its noise, cost 4 dB and more each
         ("reconstruct", {"source", "autoencoder", "reconstruction"}, SIZE, 30),
-        ("edit", {"edit"}, SIZE, None),
+        ("edit", {"source", "edit"}, SIZE, None),
         ("tokenflow", {"source", "edit"}, SIZE, None),
         ("fatezero", {"source", "edit"}, SIZE, None),
         ("long_clip", {"source", "autoencoder", "reconstruction"}, SIZE, 30),
