@@ -17,9 +17,9 @@ OWN, CORE = places.PACK, "comfy-core"
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 NODE_WIDTH, COLUMN_GAP, NODE_GAP, MARGIN, TITLE = 330, 50, 70, 20, 80  # pixels of the canvas
 HEADER, SOCKET, WIDGET = 20, 22, 32  # heights of a node's parts
-TEXT, PICTURES, VIDEO, ANY = 110, 300, 300, 160  # more height: of a text field, previewed frames, a video, a text shown
+TEXT, PICTURES, VIDEO, ANY = 110, 330, 330, 160  # more height: of a text field, previewed frames, a video, a text shown
 MORE = {"CLIPTextEncode": TEXT, "PreviewImage": PICTURES, "SaveVideo": VIDEO, "PreviewAny": ANY}
-NOTE_WIDTH, LETTERS, LINE = 760, 100, 20  # of a note: letters that a line takes, and its height
+NOTE_WIDTH, LETTERS, LINE = 640, 110, 18  # of a note: letters that a line takes, and its height
 COLOURS = ("#3f789e", "#8A8", "#b58b2a", "#a1309b", "#3f789e")
 
 
