@@ -16,7 +16,7 @@ from tools.server import Graph, Server
 OWN, CORE = places.PACK, "comfy-core"
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 NODE_WIDTH, COLUMN_GAP, NODE_GAP, MARGIN, TITLE = 330, 50, 70, 20, 80  # pixels of the canvas
-HEADER, SOCKET, WIDGET = 20, 22, 32  # heights of a node's parts
+HEADER, SOCKET, WIDGET, BADGE = 20, 22, 32, 24  # heights of a node's parts; the badge names the pack
 TEXT, PICTURES, VIDEO, ANY = 110, 330, 330, 160  # more height: of a text field, previewed frames, a video, a text shown
 MORE = {"CLIPTextEncode": TEXT, "PreviewImage": PICTURES, "SaveVideo": VIDEO, "PreviewAny": ANY}
 NOTE_WIDTH, LETTERS, LINE = 640, 110, 18  # of a note: letters that a line takes, and its height
@@ -192,7 +192,8 @@ def lay_out(groups: dict[str, list[list[str]]], nodes: dict[str, dict]) -> list[
 
 def height(node: dict) -> int:
     sockets = max(len([entry for entry in node["inputs"] if "widget" not in entry]), len(node["outputs"]))
-    return HEADER + SOCKET * sockets + WIDGET * len(node["widgets_values"]) + MORE.get(node["type"], 0)
+    badge = BADGE * (node["properties"]["cnr_id"] == OWN)
+    return HEADER + SOCKET * sockets + WIDGET * len(node["widgets_values"]) + badge + MORE.get(node["type"], 0)
 
 
 def note_height(note: str) -> int:

@@ -26,6 +26,16 @@ TITLES = {  # of nodes, by their names in the graphs
     "autoencoder": "VAE Alone",
     "roundtrip": "VAE Decode (VAE alone)",
     "reconstruction": "Reconstruction",
+    "edges": "Edges",
+    "invert_ddim": "Invert by DDIM",
+    "sample_ddim": "Sample from DDIM's Noise",
+    "decode_ddim": "VAE Decode (DDIM)",
+    "report_ddim": "Report on DDIM",
+    "compared": "Side by Side",
+    "plot": "Report",
+    "plot_ddim": "Report (DDIM)",
+    "painted": "Bases",
+    "chart": "Use of the Bases",
 }
 
 
@@ -33,6 +43,7 @@ class Template(NamedTuple):
     graph: str  # of tests/graphs
     groups: dict[str, list[list[str]]]  # title -> columns of node ids, from left to right
     note: str  # Markdown
+    thumbnail: tuple[str, ...] = ()  # previews that are seen in the template browser; none: all
 
 
 def own_video(prompt: str, cfg: str = "") -> str:
@@ -128,6 +139,23 @@ TEMPLATES = {
         "**Nothing changes?** Lower *self_until* and *cross_until*, or lower *blend_threshold*. **Too much changes?** Raise "
         "them.",
     ),
+    "Compare inversions": Template(
+        "compare",
+        {
+            "1. Clip and model": [["demo", "clip"]],
+            "2. Inversion by STEM and DDIM": [["encode", "positive", "negative"], ["invert", "invert_ddim"]],
+            "3. Sampling back": [["patch", "euler"], ["sample", "sample_ddim"], ["decode", "decode_ddim", "roundtrip"]],
+            "4. Side by side": [["compare", "compared"], ["video", "save"]],
+            "5. Reports and bases": [["report", "plot", "report_ddim", "plot_ddim"], ["view", "painted", "chart"]],
+        },
+        "## Compare inversions\n\nThe clip is inverted twice, by STEM and by plain DDIM (**2**), and sampled back from both "
+        "noises (**3**). Side by side (**4**) they look nearly alike; the reports (**5**) tell them apart: they measure "
+        "against what the VAE alone gives back, so that only the inversion counts. *Bases* paints every patch in the colour "
+        "of the basis that explains it.\n\n"
+        "For other ways change *method* in *Invert by DDIM*.\n\n"
+        f"{own_video('the text field of step 2')}",
+        thumbnail=("compared",),
+    ),
 }
 
 
@@ -146,7 +174,9 @@ def main() -> None:
             (FOLDER / f"{name}.json").write_text(stored(workflow(graph, groups, titles, note, registry)), encoding="utf-8")
             if args.pictures:
                 clips = previews(server, server.run(graph, timeout=PATIENCE))
-                thumbnail(clips).save(FOLDER / f"{name}.jpg", quality=90)
+                shown = {name: clips[name] for name in TEMPLATES[name].thumbnail or clips}
+                columns = 4 if len(shown) > 1 else 2  # a single one has clips side by side already
+                thumbnail(shown, columns).save(FOLDER / f"{name}.jpg", quality=90)
 
 
 if __name__ == "__main__":
