@@ -6,6 +6,7 @@ overlaps, neither with the classic nodes nor with the modern ones, which are the
 
 import json
 import math
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 import tomllib
@@ -19,6 +20,7 @@ NODE_WIDTH, COLUMN_GAP, NODE_GAP, MARGIN, TITLE = 330, 50, 70, 20, 80  # pixels 
 HEADER, SOCKET, WIDGET, BADGE = 20, 22, 32, 24  # heights of a node's parts; the badge names the pack
 TEXT, PICTURES, VIDEO, ANY = 110, 330, 330, 160  # more height: of a text field, previewed frames, a video, a text shown
 MORE = {"CLIPTextEncode": TEXT, "PreviewImage": PICTURES, "SaveVideo": VIDEO, "PreviewAny": ANY}
+CHART = (560, 1000)  # width and height of the preview of a chart
 NOTE_WIDTH, LETTERS, LINE = 640, 110, 18  # of a note: letters that a line takes, and its height
 COLOURS = ("#3f789e", "#8A8", "#b58b2a", "#a1309b", "#3f789e")
 
@@ -50,13 +52,20 @@ class Registry(NamedTuple):
         return {"cnr_id": name, "ver": self.versions[name]}
 
 
-def place(graph: Graph, groups: dict[str, list[list[str]]], titles: dict[str, str], registry: Registry) -> Canvas:
+def place(
+    graph: Graph,
+    groups: dict[str, list[list[str]]],
+    titles: dict[str, str],
+    registry: Registry,
+    charts: Container[str] = (),
+) -> Canvas:
     """The graph's nodes with their links, in groups.
 
     Args:
         graph: In API format. In a subgraph, inputs that come from `OUTSIDE` are linked to its border.
         groups: Title -> columns of nodes, from left to right.
         titles: Of nodes that are not called by their display names.
+        charts: Previews that show a chart.
     """
     numbers = {OUTSIDE: OUTSIDE_NUMBER, **{name: i for i, name in enumerate(graph, 1)}}
     links, nodes = [], {}
@@ -97,12 +106,12 @@ def place(graph: Graph, groups: dict[str, list[list[str]]], titles: dict[str, st
     for node in nodes.values():
         for slot, output in enumerate(node["outputs"]):
             output["links"] += [number for number, source, place, *_ in links if (source, place) == (node["id"], slot)]
-    return Canvas(nodes, links, lay_out(groups, nodes))
+    return Canvas(nodes, links, lay_out(groups, nodes, charts))
 
 
-def workflow(graph: Graph, groups: dict[str, list[list[str]]], titles: dict[str, str], note: str, registry: Registry) -> dict:
-    """The graph as the front end stores it, under a note in Markdown."""
-    nodes, links, frames = place(graph, groups, titles, registry)
+def workflow(canvas: Canvas, note: str) -> dict:
+    """What lies on the canvas as the front end stores it, under a note in Markdown."""
+    nodes, links, frames = dict(canvas.nodes), canvas.links, canvas.groups
     nodes["note"] = {
         "id": len(nodes) + 1,
         "type": "MarkdownNote",
@@ -166,7 +175,7 @@ def widget_values(key: str, options: dict, value: Any) -> list:
     return [value, "fixed"] if controlled else [value]
 
 
-def lay_out(groups: dict[str, list[list[str]]], nodes: dict[str, dict]) -> list[dict]:
+def lay_out(groups: dict[str, list[list[str]]], nodes: dict[str, dict], charts: Container[str]) -> list[dict]:
     """Gives every node its place and size; returns the frames of the groups."""
     placed = [name for columns in groups.values() for column in columns for name in column]
     if sorted(placed) != sorted(nodes):
@@ -175,13 +184,14 @@ def lay_out(groups: dict[str, list[list[str]]], nodes: dict[str, dict]) -> list[
     for (title, columns), colour in zip(groups.items(), COLOURS, strict=False):
         start = left
         for column in columns:
-            top = TITLE
+            top, column_width = TITLE, CHART[0] if any(name in charts for name in column) else NODE_WIDTH
             for name in column:
                 node = nodes[name]
-                node["pos"], node["size"] = [left + MARGIN, top], [NODE_WIDTH, height(node)]
+                node["pos"] = [left + MARGIN, top]
+                node["size"] = [column_width, CHART[1] if name in charts else height(node)]
                 top += node["size"][1] + NODE_GAP
             lowest = max(lowest, top)
-            left += NODE_WIDTH + COLUMN_GAP
+            left += column_width + COLUMN_GAP
         width = left - start - COLUMN_GAP + 2 * MARGIN
         frames.append({"title": title, "bounding": [start, 0, width], "color": colour, "font_size": 24})
         left = start + width + COLUMN_GAP

@@ -11,7 +11,7 @@ import argparse
 from typing import NamedTuple
 
 from tools import blueprint, places
-from tools.canvas import Registry, stored, workflow
+from tools.canvas import Registry, place, stored, workflow
 from tools.demo import PATIENCE, load_graph, previews
 from tools.pictures import thumbnail
 from tools.server import Server
@@ -44,6 +44,7 @@ class Template(NamedTuple):
     groups: dict[str, list[list[str]]]  # title -> columns of node ids, from left to right
     note: str  # Markdown
     thumbnail: tuple[str, ...] = ()  # previews that are seen in the template browser; none: all
+    charts: tuple[str, ...] = ()  # previews of charts, which need room
 
 
 def own_video(prompt: str, cfg: str = "") -> str:
@@ -146,7 +147,7 @@ TEMPLATES = {
             "2. Inversion by STEM and DDIM": [["encode", "positive", "negative"], ["invert", "invert_ddim"]],
             "3. Sampling back": [["patch", "euler"], ["sample", "sample_ddim"], ["decode", "decode_ddim", "roundtrip"]],
             "4. Side by side": [["compare", "compared"], ["video", "save"]],
-            "5. Reports and bases": [["report", "plot", "report_ddim", "plot_ddim"], ["view", "painted", "chart"]],
+            "5. Reports and bases": [["report", "plot"], ["report_ddim", "plot_ddim"], ["view", "painted", "chart"]],
         },
         "## Compare inversions\n\nThe clip is inverted twice, by STEM and by plain DDIM (**2**), and sampled back from both "
         "noises (**3**). Side by side (**4**) they look nearly alike; the reports (**5**) tell them apart: they measure "
@@ -155,6 +156,7 @@ TEMPLATES = {
         "For other ways change *method* in *Invert by DDIM*.\n\n"
         f"{own_video('the text field of step 2')}",
         thumbnail=("compared",),
+        charts=("plot", "plot_ddim"),
     ),
 }
 
@@ -169,12 +171,12 @@ def main() -> None:
         registry = Registry.of(server)
         blueprint.write(registry)
         for name in [args.only] if args.only else TEMPLATES:
-            graph, groups, note = load_graph(TEMPLATES[name].graph), TEMPLATES[name].groups, TEMPLATES[name].note
-            titles = {node: title for node, title in TITLES.items() if node in graph}
-            (FOLDER / f"{name}.json").write_text(stored(workflow(graph, groups, titles, note, registry)), encoding="utf-8")
+            template, graph = TEMPLATES[name], load_graph(TEMPLATES[name].graph)
+            canvas = place(graph, template.groups, TITLES, registry, template.charts)
+            (FOLDER / f"{name}.json").write_text(stored(workflow(canvas, template.note)), encoding="utf-8")
             if args.pictures:
                 clips = previews(server, server.run(graph, timeout=PATIENCE))
-                shown = {name: clips[name] for name in TEMPLATES[name].thumbnail or clips}
+                shown = {preview: clips[preview] for preview in template.thumbnail or clips}
                 columns = 4 if len(shown) > 1 else 2  # a single one has clips side by side already
                 thumbnail(shown, columns).save(FOLDER / f"{name}.jpg", quality=90)
 
