@@ -27,13 +27,14 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from stem.metrics import estimate_flow, flicker, psnr, ssim
 from stem.reader import read_clip, true_reading
-from stem.scenes import Scene, random_scene, render
+from stem.scenes import Scene, edit_scene, random_scene, render
 from tools import places, processes
 from tools.pictures import contact_sheet, save_animation, save_video, side_by_side
 from tools.server import Graph, GraphError, Progress, Server, ServerError
 
 GRAPHS = places.ROOT / "tests" / "graphs"
 REAL_CLIP = "bikes.mp4"
+EDIT_COLOUR = "blue"  # what the prompt of the edit asks for
 IN_VIDEO = ("source", "reconstruction", "edit")
 FPS = 8  # slow enough to see every frame
 PATIENCE = 3600  # seconds for one graph, on the slowest machine
@@ -53,7 +54,8 @@ class Result(NamedTuple):
 def generated_scene(server: Server, steps: int, out: TextIO) -> Result:
     """A generated scene, its reconstruction, and its edit beside the truth."""
     reconstruct, edit = load_graph("reconstruct", steps), load_graph("edit", steps)
-    scene, wanted = scene_of(edit["clip"]), scene_of(edit["target"])
+    scene = scene_of(edit["clip"])
+    wanted = edit_scene(scene, colour=EDIT_COLOUR)
     drawn, truth = render(scene), render(wanted).images
     clips, seconds = run(server, reconstruct, "scene: invert, reconstruct", out)
     edited, edit_seconds = run(server, edit, "scene: edit", out)  # the inversion is in the server's cache

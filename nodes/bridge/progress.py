@@ -7,10 +7,11 @@ picture of it, so every preview begins with another one.
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from io import BytesIO
 
+import comfy.model_management
 import comfy.utils
 import latent_preview
 from comfy.model_patcher import ModelPatcher
@@ -163,3 +164,14 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def per_frame(total: int) -> Callable[[], None]:
+    """What to call with every piece of a node's own work that is done: moves its progress bar, and lets the user cancel."""
+    bar = comfy.utils.ProgressBar(total)
+
+    def done() -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update(1)
+
+    return done

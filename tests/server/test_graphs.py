@@ -43,7 +43,7 @@ def node(class_type: str, **inputs) -> Graph:
     ("name", "clips", "width", "near"),
     [  # near: dB of the reconstruction; noise added, or the source in place of its noise, cost 4 dB and more each
         ("reconstruct", {"source", "autoencoder", "reconstruction"}, SIZE, 30),
-        ("edit", {"edit"}, SIZE, None),
+        ("edit", {"source", "edit"}, SIZE, None),
         ("tokenflow", {"source", "edit"}, SIZE, None),
         ("fatezero", {"source", "edit"}, SIZE, None),
         ("long_clip", {"source", "autoencoder", "reconstruction"}, SIZE, 30),
@@ -69,6 +69,20 @@ def test_frames_come_out(server, name, clips, width, near):
     for class_type in ("STEMInvertLatents", "SamplerCustom"):
         told = [(step.value, step.maximum) for step in seen if step.class_type == class_type]
         assert (1, STEPS) in told and told[-1] == (STEPS, STEPS)
+
+
+def test_inversions_are_compared(server):
+    shown = previews(server, server.run(fresh(short("compare"))))
+    assert shown.keys() == {"compared", "plot", "plot_ddim", "painted", "chart"}
+    assert shown["painted"].shape == (FRAMES, SIZE, SIZE, 3)
+    assert all(picture.std() > 0.01 for picture in shown.values())
+    sheet = shown["compared"]  # source and VAE alone above, STEM and DDIM below; names above each
+    assert len(sheet) == FRAMES and sheet.shape[1] > 2 * SIZE and sheet.shape[2] >= 2 * SIZE
+    band = sheet.shape[1] // 2 - SIZE
+    gap = sheet.shape[2] - 2 * SIZE
+    band = (sheet.shape[1] + gap) // 2 - SIZE - gap
+    alone, stem, ddim = sheet[:, band : band + SIZE, -SIZE:], sheet[:, -SIZE:, :SIZE], sheet[:, -SIZE:, -SIZE:]
+    assert min(psnr(stem, alone), psnr(ddim, alone)) > 30 and not torch.equal(stem, ddim)
 
 
 def test_tokenflow_with_a_controlnet(server):

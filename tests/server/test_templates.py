@@ -2,6 +2,7 @@
 
 import io
 import json
+from itertools import pairwise
 
 import pytest
 import tomllib
@@ -12,6 +13,7 @@ from tools.demo import load_graph
 from tools.templates import FOLDER, TEMPLATES
 
 NOTES = ("Note", "MarkdownNote")
+TITLE_BAR = 30
 
 
 @pytest.fixture(params=sorted(TEMPLATES))
@@ -35,27 +37,10 @@ def test_the_browser_lists_every_template_with_its_picture(server):
             assert picture.format == "JPEG" and min(picture.size) >= 200
 
 
-def test_a_template_runs_what_its_graph_says(server, name, stored):
-    """The front end's own way from the canvas to the API, written out: links first, then widgets in the order of the node."""
-    info, found = server.object_info(), {}
+def test_a_template_runs_what_its_graph_says(server, to_api, name, stored):
+    info = server.object_info()
     sources = {number: [source, slot] for number, source, slot, *_ in stored["links"]}
-    for node in stored["nodes"]:
-        if node["type"] in NOTES:
-            continue
-        values, inputs = iter(node["widgets_values"]), {}
-        kind = info[node["type"]]
-        linked = {entry["name"]: sources[entry["link"]] for entry in node["inputs"] if entry["link"] is not None}
-        for section in ("required", "optional"):
-            for key in kind["input_order"].get(section, []):
-                type_, options = (*kind["input"][section][key], {})[:2]
-                if isinstance(type_, list) or type_ in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"):
-                    inputs[key] = next(values)
-                    if options.get("control_after_generate", key in ("seed", "noise_seed")):
-                        assert next(values) == "fixed"
-                if key in linked:
-                    inputs[key] = linked[key]
-        assert next(values, None) is None
-        found[node["id"]] = {"class_type": node["type"], "inputs": inputs}
+    found = to_api([node for node in stored["nodes"] if node["type"] not in NOTES], sources)
     graph = load_graph(TEMPLATES[name].graph)
     numbers = dict(zip(graph, (node["id"] for node in stored["nodes"]), strict=False))
     for node_id, node in graph.items():
@@ -76,12 +61,46 @@ def test_links_are_told_at_both_ends(stored):
     assert sum(len(output["links"]) for node in nodes.values() for output in node["outputs"]) == len(stored["links"])
 
 
-def test_a_missing_pack_can_be_found_and_nothing_overlaps(stored):
+def test_a_missing_pack_can_be_found(stored):
     version = tomllib.loads((places.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     for node in stored["nodes"]:
         if node["type"].startswith("STEM"):
             assert (node["properties"]["cnr_id"], node["properties"]["ver"]) == ("stem-video-inversion", version)
-    boxes = [(*node["pos"], node["pos"][0] + node["size"][0], node["pos"][1] + node["size"][1]) for node in stored["nodes"]]
+
+
+def test_only_core_and_this_pack_are_needed(server, stored):
+    info = server.object_info()
+    for node in stored["nodes"]:
+        if node["type"] not in NOTES and not node["type"].startswith("STEM"):
+            assert info[node["type"]]["python_module"].split(".")[0] in ("nodes", "comfy_extras")
+
+
+def test_no_two_nodes_look_alike(stored):
+    called = [node.get("title", node["type"]) for node in stored["nodes"]]
+    assert len(set(called)) == len(called)
+
+
+def test_a_clip_runs_from_left_to_right_through_the_groups(stored):
+    left = {node["id"]: node["pos"][0] for node in stored["nodes"]}
+    assert all(left[source] <= left[target] for _, source, _, target, *_ in stored["links"])
+    frames = [group["bounding"] for group in stored["groups"]]
+    titles = [group["title"] for group in stored["groups"]]
+    assert titles == [f"{number}. {title[3:]}" for number, title in enumerate(titles, 1)]
+    assert all(a[0] + a[2] < b[0] for a, b in pairwise(frames))
+    for node in stored["nodes"]:
+        x, y, right, lower = box(node)
+        within = [f for f in frames if f[0] <= x and f[1] <= y and right <= f[0] + f[2] and lower <= f[1] + f[3]]
+        assert len(within) == (node["type"] not in NOTES)
+
+
+def test_nothing_overlaps(stored):
+    boxes = [box(node) for node in stored["nodes"]]
     for i, a in enumerate(boxes):
         for b in boxes[:i]:
             assert a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3]
+
+
+def box(node: dict) -> tuple[float, float, float, float]:
+    """Left, upper, right and lower end of a node; its title bar lies above its place."""
+    (x, y), (width, height) = node["pos"], node["size"]
+    return x, y - TITLE_BAR, x + width, y + height
