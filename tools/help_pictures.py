@@ -84,6 +84,11 @@ def patched() -> Graph:
     return graph | decoded("plain", ["plain sample", 0])
 
 
+def compared() -> Graph:
+    graph = load_graph("compare", STEPS)
+    return shown(graph, source=["clip", 0], reconstruction=["decode", 0], ddim=["decode_ddim", 0])
+
+
 PICTURES = {
     "STEMDemoModel": Picture(demo_model, {prompt: prompt for prompt in PROMPTS}, fps=1),
     "STEMDemoClip": Picture(demo_clip, {"images": "images", "mask": "mask", "background sand": "changed"}),
@@ -94,6 +99,9 @@ PICTURES = {
     "STEMPatchModel": Picture(patched, {"source": "source", "without this node": "plain", "with this node": "reconstruction"}),
     "STEMTokenFlow": Picture(lambda: load_graph("tokenflow", STEPS), {"source": "source", "a blue star on grass": "edit"}),
     "STEMFateZero": Picture(lambda: load_graph("fatezero", STEPS), {"source": "source", "a blue star on grass": "edit"}),
+    "STEMBasisPreview": Picture(compared, {"source": "source", "bases": "painted"}),
+    "STEMInversionReport": Picture(compared, {"source": "source", "sampled back": "reconstruction"}),
+    "STEMCompareVideos": Picture(compared, {"source": "source", "stem": "reconstruction", "ddim": "ddim"}),
 }
 
 
