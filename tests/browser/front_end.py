@@ -17,7 +17,8 @@ LOADED = "names => JSON.stringify(app.graph.nodes.map(node => node.type).sort())
 LOAD = "workflow => app.loadGraphData(workflow, true, true, app.extensionManager.workflow.activeWorkflow)"
 SHOW = """([number, scale]) => {  // one node, or all of them at the scale at which they fit
     const nodes = number == null ? app.graph.nodes : [app.graph.getNodeById(number)];
-    const areas = nodes.map(node => node.boundingRect), view = app.canvas.ds, canvas = app.canvas.canvas.getBoundingClientRect();
+    const areas = nodes.map(node => node.boundingRect), view = app.canvas.ds;
+    const canvas = app.canvas.canvas.getBoundingClientRect();
     const [left, top] = [0, 1].map(i => Math.min(...areas.map(area => area[i])));
     const [right, bottom] = [0, 1].map(i => Math.max(...areas.map(area => area[i] + area[i + 2])));
     view.scale = scale ?? 0.9 * Math.min(canvas.width / (right - left), canvas.height / (bottom - top), 1);
