@@ -165,6 +165,17 @@ def initial_bases(keys: Tensor, num_bases: int, seed: int, memory: BlockMemory |
     return mean + std * g.to(keys.device, work)
 
 
+def scores(keys: Tensor, bases: Tensor, temperature: float) -> Tensor:
+    """<mu / (|mu| + 1e-4), k> / temperature, (h, n, m) of keys (h, n, d) and bases (h, m, d): the E-step is their softmax."""
+    return torch.bmm(keys, _directions(bases, temperature))
+
+
+def alive(bases: Tensor) -> Tensor:
+    """Which of the bases (h, m, d) stand for any token at all, (h, m); the others are zero, or nearly so."""
+    norm = bases.norm(dim=-1)
+    return norm > EPSILON * norm.amax(dim=1, keepdim=True)
+
+
 def revive_bases(bases: Tensor, fresh: Tensor) -> Tensor:
     """Bases of an earlier estimate to start another one from: where they are dead, the fresh ones take their place.
 
@@ -173,8 +184,7 @@ def revive_bases(bases: Tensor, fresh: Tensor) -> Tensor:
         fresh: (h, m, d), from `initial_bases`.
     """
     bases = bases.to(fresh)
-    norm = bases.norm(dim=-1, keepdim=True)
-    return torch.where(norm > EPSILON * norm.amax(dim=1, keepdim=True), bases, fresh)
+    return torch.where(rearrange(alive(bases), "h m -> h m 1"), bases, fresh)
 
 
 def derive_seed(seed: int, *parts: int | str) -> int:
@@ -196,7 +206,7 @@ def _dense(mu: Tensor, tokens: tuple[Tensor, ...], temperature: float, check: Ca
     if check is not None:
         check()
     tokens = [x.to(mu.dtype) for x in tokens]
-    z = torch.softmax(torch.bmm(tokens[0], _directions(mu, temperature)), dim=-1)
+    z = torch.softmax(scores(tokens[0], mu, temperature), dim=-1)
     mass = rearrange(reduce(z, "h n m -> h m", "sum") + EPSILON, "h m -> h m 1")
     z = rearrange(z, "h n m -> h m n")
     return tuple(torch.bmm(z, x) / mass for x in tokens)

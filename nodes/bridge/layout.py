@@ -132,6 +132,23 @@ def choose_blocks(layout: Layout, choice: str) -> tuple[str, ...]:
     return tuple(n for n in names if n in chosen)
 
 
+def choose_block(layout: Layout, choice: str) -> BlockLayout:
+    """The one block that a user chose, by its name.
+
+    Raises:
+        ValueError: The model has no such block, or several of that name.
+    """
+    names = [block.name for block in layout.model.blocks]
+    try:
+        chosen = choose_blocks(layout, choice)
+    except ValueError:
+        chosen = ()
+    if len(chosen) != 1:
+        found = f"stands for {len(chosen)} blocks" if chosen else "is none of this model's blocks"
+        raise ValueError(f'block "{choice}" {found}. Choose one of {", ".join(names)}.')
+    return layout.model.blocks[names.index(chosen[0])]
+
+
 def _blocks_of(transformer: SpatialTransformer, side: str, number: int) -> list[BlockLayout]:
     return [
         BlockLayout(block_name(side, number, index), block.attn1.heads, block.attn1.dim_head)

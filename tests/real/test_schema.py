@@ -45,6 +45,16 @@ CONTRACT = {
         ],
         ["MODEL", "MASK"],
     ),
+    "STEMBasisPreview": (
+        ["model", "basis", "trajectory", "images", "block", "noise_level", "opacity", "head"], ["IMAGE", "IMAGE", "STRING"],
+    ),
+    "STEMInversionReport": (["trajectory", "source", "reconstruction"], ["IMAGE", "STRING"]),
+    "STEMCompareVideos": (
+        [
+            "images_1", "images_2", "images_3", "images_4", "label_1", "label_2", "label_3", "label_4", "columns",
+        ],
+        ["IMAGE"],
+    ),
 }  # fmt: skip
 DEFAULTS = {
     "steps": 50, "num_bases": 256, "em_iterations": 5, "keyframes": 16, "seed": 0, "temperature": 0.01, "method": "stem",
@@ -56,11 +66,13 @@ DEFAULTS = {
     "source_prompt": "", "target_prompt": "", "cross_until": 0.8, "self_until": 0.8, "attention": "refine", "reweight": "",
     "blend_words": "", "blend_threshold": 0.3, "blend_latents": False, "context": "mid", "min_channels": 640,
     "joint_norm": False, ("STEMFateZero", "blocks"): "input_4-8, middle, output_0-8", "blend_timing": "official",
+    "block": "output_8", "noise_level": 0.5, "opacity": 0.7, "head": 0,
+    "label_1": "source", "label_2": "edit", "label_3": "", "label_4": "", "columns": 0,
 }  # fmt: skip
 ADVANCED = {
     "temperature", "blocks", "frames_per_em", "frames_per_batch", "trajectory_dtype", "trajectory_on_disk", "warm_iterations",
     "blend", ("STEMTokenFlow", "keyframes"), "context", "min_channels",
-    "joint_norm", "blend_timing",
+    "joint_norm", "blend_timing", "head",
 }  # fmt: skip
 
 FOUND_BY = {
