@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 WIDTH, PLOT = 1000, 210  # of a chart, and height of a panel's plot, in pixels
-MARGIN, LEFT, BELOW = 28, 132, 92  # around all; before a plot for its numbers, and under it for those and the label
+MARGIN, LEFT, ABOVE, BELOW = 28, 132, 24, 92  # around all; before, above and under a plot, for numbers and labels
 TITLE, TEXT = 34, 28  # sizes of letters
 FINE = 2  # drawn so many times larger, then made smaller: smooth lines
 PAPER, INK, PALE, GRID = "white", "#222222", "#666666", "#dddddd"
@@ -42,7 +42,7 @@ class Panel(NamedTuple):
 
 def draw_chart(headline: Sequence[str], panels: Sequence[Panel]) -> Tensor:
     """An image (1, height, width, 3) in 0..1: lines of text, and panels under one another."""
-    head = MARGIN + len(headline) * (TEXT + 12)
+    head = MARGIN + len(headline) * (TEXT + 12) + (18 if headline else 0)
     height = head + sum(_height(panel) for panel in panels) + MARGIN // 2
     picture = Image.new("RGB", (FINE * WIDTH, FINE * height), PAPER)
     pen = Pen(picture)
@@ -110,11 +110,11 @@ def value_range(panel: Panel) -> tuple[float, float]:
 def _draw_panel(pen: Pen, panel: Panel, top: float) -> None:
     left, right = LEFT, WIDTH - MARGIN
     pen.text((MARGIN, top), panel.title, size=TITLE)
-    top += TITLE + 14
+    top += TITLE + ABOVE
     named = [line for line in panel.lines if line.name]
     if named:
         _draw_legend(pen, named, top)
-        top += TEXT + 14
+        top += TEXT + ABOVE
     bottom = top + PLOT
     low, high = value_range(panel)
     first, last = float(panel.x[0]), float(panel.x[-1])
@@ -172,7 +172,7 @@ def _draw_legend(pen: Pen, lines: Sequence[Line], top: float) -> None:
 
 
 def _height(panel: Panel) -> int:
-    return TITLE + 14 + (TEXT + 14 if any(line.name for line in panel.lines) else 0) + PLOT + BELOW + 20
+    return TITLE + ABOVE + (TEXT + ABOVE if any(line.name for line in panel.lines) else 0) + PLOT + BELOW + 20
 
 
 def _number(value: float, among: Sequence[float]) -> str:

@@ -4,13 +4,22 @@ from collections.abc import Sequence
 
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .chart import font
 
 PAPER, INK = (24, 24, 24), (240, 240, 240)
 ELLIPSIS = "..."
+NO_LETTER = "\U0010ffff"
+FONTS = (
+    *("DejaVuSans.ttf", "arial.ttf", "Arial.ttf", "NotoSans-Regular.ttf"),
+    *("NotoSansCJK-Regular.ttc", "msyh.ttc", "YuGothM.ttc", "malgun.ttf", "PingFang.ttc", "Hiragino Sans GB.ttc"),
+    *("AppleSDGothicNeo.ttc", "Arial Unicode.ttf"),
+)
+"""Of Linux, Windows and macOS; Pillow's own font has the letters of English alone."""
+
+LEAST_BAND = 28  # height of a strip in pixels
 
 
 def compare_clips(clips: Sequence[Tensor], labels: Sequence[str], columns: int = 0) -> Tensor:
@@ -28,7 +37,7 @@ def compare_clips(clips: Sequence[Tensor], labels: Sequence[str], columns: int =
     height = clips[0].shape[1]
     widths = [max(1, round(clip.shape[2] * height / clip.shape[1])) for clip in clips]
     gap = max(2, height // 64)
-    band = max(20, height // 10) if any(labels) else 0
+    band = max(LEAST_BAND, height // 10) if any(labels) else 0
     across = [max(widths[column::columns]) for column in range(columns)]
     rows = -(-len(clips) // columns)
     frames = max(len(clip) for clip in clips)
@@ -64,14 +73,36 @@ def _write(sheet: Image.Image, label: str, left: int, top: int, width: int, band
     if not label.strip():
         return
     label, size = " ".join(label.split()), round(0.7 * band)
-    room, least = width - band // 4, max(10, round(0.45 * band))
-    while size > least and font(size).getlength(label) > room:
+    room, least = width - band // 4, round(0.45 * band)
+    while size > least and letters(label, size).getlength(label) > room:
         size -= 1
-    if font(size).getlength(label) > room:
-        while label and font(size).getlength(label + ELLIPSIS) > room:
+    face = letters(label, size)
+    if face.getlength(label) > room:
+        while label and face.getlength(label + ELLIPSIS) > room:
             label = label[:-1].rstrip()
         label += ELLIPSIS
-    ImageDraw.Draw(sheet).text((left + width // 2, top + band // 2), label, INK, font(size), "mm")
+    ImageDraw.Draw(sheet).text((left + width // 2, top + band // 2), label, INK, face, "mm")
+
+
+def letters(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own letters where they suffice; else the first of the computer's fonts that has all of the text's."""
+    own = font(size)
+    if _has(own, text):
+        return own
+    for name in FONTS:
+        try:
+            face = ImageFont.truetype(name, size)
+        except OSError:  # not on this computer
+            continue
+        if _has(face, text):
+            return face
+    return own
+
+
+def _has(face: ImageFont.FreeTypeFont, text: str) -> bool:
+    """Whether a font has all letters: for what it lacks, it draws what it draws where there is no letter at all."""
+    missing = bytes(face.getmask(NO_LETTER))
+    return all(letter.isspace() or bytes(face.getmask(letter)) != missing for letter in text)
 
 
 def _even(edge: int) -> int:

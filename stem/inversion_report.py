@@ -7,13 +7,19 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .chart import BLUE, GREEN, INK, ORANGE, Line, Panel, draw_chart
+from .chart import BLUE, GREEN, INK, ORANGE, PALE, Line, Panel, draw_chart
 from .ddim import to_ddim
 from .metrics import estimate_flow, flicker, psnr_per_frame, ssim
 from .trajectory import Trajectory, latents_at
 
 LARGEST = 512
 """Longer edge in pixels at which motion is followed; larger clips are made smaller for it."""
+
+ABOUT = (
+    "(Flicker: mean absolute change from frame to frame along the motion of the source, which is followed by Lucas and Kanade's "
+    f"method in frames of at most {LARGEST} pixels. Latents: x / sqrt(1 + sigma^2); unit Gaussian noise has mean 0, deviation 1, "
+    "excess kurtosis 0, and noise of its own in each frame has correlation 0 with the next.)"
+)
 
 LEAST = 16
 """Pixels that `estimate_flow` needs."""
@@ -96,7 +102,7 @@ def latent_statistics(trajectory: Trajectory, done: Callable[[], None] = lambda:
 def inversion_text(figures: InversionFigures) -> str:
     """The figures in words and a line for each frame and level."""
     decibels, latents = figures.psnr, figures.latents
-    lines = [f"Inversion by {figures.method}, sampled back:", *_summary(figures), "", "frame  PSNR dB    SSIM"]
+    lines = [f"Inversion by {figures.method}, sampled back:", *_summary(figures), ABOUT, "", "frame  PSNR dB    SSIM"]
     lines += [
         f"{i:>5}  {_decibels(a):>7}  {b:6.4f}" for i, (a, b) in enumerate(zip(decibels, figures.ssim.tolist(), strict=True))
     ]
@@ -115,7 +121,7 @@ def inversion_chart(figures: InversionFigures) -> Tensor:
         Panel("PSNR to the source (dB, more is nearer)", "frame", frames, (Line("", figures.psnr, BLUE),)),
         Panel("SSIM to the source (1 = equal)", "frame", frames, (Line("", figures.ssim, BLUE),)),
     ]
-    if len(figures.flicker):
+    if figures.flicker.isfinite().any():
         panels.append(
             Panel(
                 "Flicker along the source's motion (less is steadier)",
@@ -127,10 +133,11 @@ def inversion_chart(figures: InversionFigures) -> Tensor:
         )
     panels.append(
         Panel(
-            "Latents (noise of its own in each frame: 1, 0, 0)",
+            "Latents (unit Gaussian: deviation 1, the others 0)",
             "noise level, 0 = clean",
             levels,
             (
+                *(Line("", torch.full_like(latents.mean, ideal), PALE, dashed=True) for ideal in (0.0, 1.0)),
                 Line("deviation", latents.std, BLUE),
                 Line("mean", latents.mean, ORANGE),
                 Line("like next frame", latents.neighbours, GREEN, dashed=True),
@@ -147,6 +154,8 @@ def _summary(figures: InversionFigures) -> list[str]:
     if steady.any():
         own, back = (float(x[steady].mean()) for x in (figures.flicker_source, figures.flicker))
         lines.append(f"Flicker {back:.4f}, of the source {own:.4f}")
+    else:
+        lines.append("Flicker unknown: no motion from frame to frame that can be followed")
     lines.append(f"Last level: mean {float(latents.mean[-1]):.3f}, deviation {float(latents.std[-1]):.3f}")
     return lines
 

@@ -10,13 +10,14 @@ Source of OKLab's numbers: Ottosson, "A perceptual color space for image process
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn.functional import normalize, pad
 
-APART = 0.09
+APART = 0.05
 """OKLab distance of bases that touch, where there is room for it; about 0.02 is just seen."""
 
 LIGHTNESS, COLOURFUL = (0.42, 0.9), 0.05  # neither black, white nor grey
 STEP = 0.03  # between the colours of the palette
-SPREAD = (0.09, 0.13, 0.13)  # of lightness, green to red, and blue to yellow over the bases, one standard deviation
+SPREAD = (0.12, 0.17, 0.17)  # of lightness, green to red, and blue to yellow, where components spread alike
 
 TO_CONES = ((1.0, 0.3963377774, 0.2158037573), (1.0, -0.1055613458, -0.0638541728), (1.0, -0.0894841775, -1.2914855480))
 TO_RGB = (
@@ -40,20 +41,24 @@ def colour_bases(bases: Tensor, mass: Tensor, chosen: Tensor) -> Tensor:
 def wanted_colours(bases: Tensor, mass: Tensor) -> Tensor:
     """OKLab (m, 3) by content: the principal components of the bases' directions, each basis weighed by its tokens.
 
+    The first goes from green to red, the second from blue to yellow, the third is lightness. What stands out from most tokens
+    (the side with the longer tail) is red, yellow and light. Weaker components have weaker colours, by the root of their
+    spread.
+
     Args:
         bases: (m, d).
         mass: (m,).
     """
-    directions = torch.nn.functional.normalize(bases.double(), dim=-1)
+    directions = normalize(bases.double(), dim=-1)
     weight = rearrange(mass.double() / mass.double().sum(), "m -> m 1")
     centred = directions - (weight * directions).sum(0)
     _, axes = torch.linalg.eigh(centred.T @ (weight * centred))
-    axes = axes.flip(1)[:, :3]  # the greatest first
-    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()  # else left to chance
-    found = centred @ axes
-    found = found / ((weight * found**2).sum(0).sqrt() + 1e-9)
-    first, second, third = torch.nn.functional.pad(found, (0, 3 - found.shape[1])).unbind(1)
-    lab = torch.stack([third, first, second], dim=1) * torch.tensor(SPREAD, dtype=found.dtype, device=found.device)
+    found = pad(centred @ axes.flip(1)[:, :3], (0, max(0, 3 - bases.shape[1])))  # the greatest first
+    tail = (weight * found**3).sum(0)
+    spread = (weight * found**2).sum(0).sqrt()
+    found = found * torch.where(tail < 0, -1.0, 1.0) / ((spread * spread[0]).sqrt() + 1e-9)
+    first, second, third = found.unbind(1)
+    lab = torch.stack([third, first, second], dim=1) * found.new_tensor(SPREAD)
     lab[:, 0] += sum(LIGHTNESS) / 2
     return lab.float()
 
