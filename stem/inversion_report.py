@@ -16,9 +16,9 @@ LARGEST = 512
 """Longer edge in pixels at which motion is followed; larger clips are made smaller for it."""
 
 ABOUT = (
-    "(Flicker: mean absolute change from frame to frame along the motion of the source, which is followed by Lucas and Kanade's "
-    f"method in frames of at most {LARGEST} pixels. Latents: x / sqrt(1 + sigma^2); unit Gaussian noise has mean 0, deviation 1, "
-    "excess kurtosis 0, and noise of its own in each frame has correlation 0 with the next.)"
+    "(Flicker: mean absolute change from frame to frame along the motion of the source, which Lucas and Kanade's method "
+    f"follows in frames of at most {LARGEST} pixels. Latents: x / sqrt(1 + sigma^2). Of unit Gaussian noise, new in each "
+    "frame, the mean is 0, std 1, excess kurtosis 0, correlation with the next frame 0.)"
 )
 
 LEAST = 16

@@ -58,3 +58,10 @@ def test_of_fatezero(pack, demo, inverted_demo, nothing_left, changes):
     latents, sigmas, trajectory, _ = inverted_demo
     model, _ = fatezero_card.edit(pack, demo, trajectory, **changes)
     sample(demo, model, latents["samples"], sigmas[:3])
+
+
+def test_of_a_look_at_a_basis(pack, demo, nothing_left):
+    clip, how = {"samples": torch.zeros(3, 4, 16, 16)}, {"steps": 2, "method": "stem"}
+    *_, trajectory, basis = fatezero_card.invert(pack, demo[0], demo[1], clip, **how)
+    inputs = {"block": "output_8", "noise_level": 0.5, "opacity": 0.7, "head": 0}
+    pack.nodes.see.STEMBasisPreview.execute(demo[0], basis, trajectory, torch.zeros(3, 128, 128, 3), **inputs)

@@ -71,6 +71,22 @@ def test_frames_come_out(server, name, clips, width, near):
         assert (1, STEPS) in told and told[-1] == (STEPS, STEPS)
 
 
+def test_inversions_are_compared(server):
+    entry = server.run(fresh(short("compare")))
+    previewed = previews(server, entry)
+    assert previewed.keys() == {"source", "reconstruction", "ddim", "basis", "chart", "plot"}
+    for name, clip in previewed.items():
+        expected = (1, clip.shape[1], 1000, 3) if name in ("chart", "plot") else (FRAMES, SIZE, SIZE, 3)
+        assert clip.shape == expected and clip.std(dim=(1, 2, 3)).min() > 0.01
+    assert (previewed["basis"] - previewed["source"]).abs().mean() > 0.02, "it is painted"
+    (file,) = entry["outputs"]["save"]["images"]
+    saved = server.output_directory / file["subfolder"] / file["filename"]
+    with av.open(str(saved)) as video:
+        sizes = [(frame.width, frame.height) for frame in video.decode(video=0)]
+    assert len(sizes) == FRAMES and sizes[0][0] > 3 * SIZE and sizes[0][1] > SIZE
+    saved.unlink()
+
+
 def test_tokenflow_with_a_controlnet(server):
     graph = short("tokenflow")
     without = previews(server, server.run(fresh(graph)))["edit"]
