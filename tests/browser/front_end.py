@@ -1,0 +1,187 @@
+"""ComfyUI's page in a browser, driven as a user drives it: template browser, widgets, Run button, panels, search."""
+
+import io
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from playwright.sync_api import Locator, Page
+
+from tools import places
+from tools.server import Server
+
+PATIENCE = 120_000  # ms; machines are slow
+SCREENSHOTS = places.ROOT / "output" / "browser"
+READY = "() => window.app?.graph && window.app.extensionManager?.setting"
+LOADED = "names => JSON.stringify(app.graph.nodes.map(node => node.type).sort()) == JSON.stringify(names)"
+SHOW = """([number, scale]) => {
+    const node = app.graph.getNodeById(number), view = app.canvas.ds, canvas = app.canvas.canvas.getBoundingClientRect();
+    view.scale = scale;
+    view.offset = [canvas.width / scale / 2 - node.pos[0] - node.size[0] / 2,
+                   canvas.height / scale / 2 - node.pos[1] - node.size[1] / 2];
+    app.canvas.setDirty(true, true);
+}"""
+WIDGETS = """() => Object.fromEntries(app.graph.nodes.filter(node => node.widgets).map(node =>
+    [node.id, node.widgets.filter(widget => widget.serialize !== false).map(widget => [widget.name, widget.value])]))"""
+SET_WIDGETS = """values => { for (const node of app.graph.nodes) for (const widget of node.widgets ?? [])
+    if (widget.name in values) {
+        widget.value = values[widget.name];
+        widget.callback?.(widget.value, app.canvas, node);
+    } }"""
+PICTURE = """number => {  // of a node that shows pictures or a video, in pixels of the page; null before they are there
+    const node = app.graph.getNodeById(number), element = document.querySelector(`[data-node-id="${number}"]`);
+    const box = area => ({x: area.x, y: area.y, width: area.width, height: area.height});
+    const there = media => media.complete ? media.naturalWidth > 0 : media.readyState >= 2;
+    const media = [...(element ?? node.videoContainer)?.querySelectorAll('.image-preview img, video') ?? []];
+    if (media.length) return media.every(there) ? box(media[0].getBoundingClientRect()) : null;
+    const preview = node.widgets?.find(widget => widget.name == '$$canvas-image-preview');
+    if (element || !preview || !node.imgs?.length || !node.imgs.every(there)) return null;
+    const view = app.canvas.ds, canvas = app.canvas.canvas.getBoundingClientRect();
+    const [x, y] = [node.pos[0] + view.offset[0], node.pos[1] + preview.y + view.offset[1]];
+    return {x: canvas.x + x * view.scale, y: canvas.y + y * view.scale,
+            width: node.size[0] * view.scale, height: (node.size[1] - preview.y) * view.scale};
+}"""
+BOXES = """() => app.graph.nodes.map(node => {  // as they are drawn, in pixels of the canvas
+    const element = document.querySelector(`[data-node-id="${node.id}"]`), scale = app.canvas.ds.scale;
+    const drawn = element?.getBoundingClientRect();
+    const area = drawn ? [drawn.x / scale, drawn.y / scale, drawn.width / scale, drawn.height / scale] : node.boundingRect;
+    return [node.title, ...area];
+})"""
+
+AROUND = """number => {  // a node and its frame, in pixels of the page
+    const [x, y, width, height] = app.graph.getNodeById(number).boundingRect, view = app.canvas.ds, frame = 16;
+    const canvas = app.canvas.canvas.getBoundingClientRect();
+    return [canvas.x + (x + view.offset[0] - frame) * view.scale, canvas.y + (y + view.offset[1] - frame) * view.scale,
+            (width + 2 * frame) * view.scale, (height + 2 * frame) * view.scale];
+}"""
+
+
+class Message(NamedTuple):
+    """What the page's console told as an error."""
+
+    text: str
+    url: str  # of the file that could not be loaded, or of the script that told
+
+
+class FrontEnd:
+    """The page of a server; `errors` holds what its console has told since it was opened, or since `forget`."""
+
+    def __init__(self, page: Page, server: Server):
+        self.page, self.server, self.address = page, server, server.address
+        self.errors: list[Message] = []
+        page.set_default_timeout(PATIENCE)
+        page.on("console", lambda told: told.type == "error" and self._note(told.text, told.location.get("url", "")))
+        page.on("pageerror", lambda error: self._note(f"{error.message}\n{error.stack}", page.url))
+
+    def _note(self, text: str, url: str) -> None:
+        self.errors.append(Message(text, url))
+
+    def forget(self) -> None:
+        self.errors.clear()
+
+    def open(self) -> None:
+        """Open the page; a new user's template browser, which opens by itself, is closed."""
+        self.page.goto(self.address)
+        self.page.wait_for_function(READY)
+        self.templates.wait_for()
+        self.page.keyboard.press("Escape")
+        self.templates.wait_for(state="hidden")
+
+    def set(self, setting: str, value: Any) -> None:
+        self.ask("([name, value]) => app.extensionManager.setting.set(name, value)", [setting, value])
+
+    def render(self, modern: bool) -> None:
+        """Nodes as elements of the page (modern), or drawn on the canvas (classic)."""
+        self.set("Comfy.VueNodes.Enabled", modern)
+        self.wait(
+            "modern => !app.graph.nodes.length || !!document.querySelector('[data-node-id]') == modern",
+            modern,
+        )
+
+    def ask(self, script: str, argument: Any = None) -> Any:
+        return self.page.evaluate(script, argument)
+
+    def wait(self, script: str, argument: Any = None) -> Any:
+        """Wait until a condition holds; returns its value."""
+        return self.page.wait_for_function(script, arg=argument).json_value()
+
+    def find(self, test_id: str) -> Locator:
+        return self.page.get_by_test_id(test_id)
+
+    @property
+    def templates(self) -> Locator:
+        return self.find("template-workflows-content")
+
+    def browse_templates(self) -> None:
+        """Open the template browser at the pack's own category."""
+        self.page.locator(".templates-tab-button").click()
+        self.templates.wait_for()
+        self.page.get_by_role("button", name=places.PACK, exact=True).click()
+
+    def card(self, template: str) -> Locator:
+        return self.find(f"template-workflow-{template}")
+
+    def open_template(self, template: str, types: list[str]) -> None:
+        """Click a card of the template browser; done when nodes of these types are on the canvas, and no other."""
+        self.card(template).click()
+        self.templates.wait_for(state="hidden")
+        self.wait(LOADED, sorted(types))
+
+    def load(self, workflow: dict) -> None:
+        self.ask("workflow => app.loadGraphData(workflow)", workflow)
+
+    def save(self) -> dict:
+        return self.ask("() => app.graph.serialize()")
+
+    def prompt(self) -> dict:
+        """What the Run button would send."""
+        return self.ask("async () => (await app.graphToPrompt()).output")
+
+    def widgets(self) -> dict[str, list]:
+        """Node id -> name and value of its widgets, in their order."""
+        return self.ask(WIDGETS)
+
+    def set_widgets(self, values: dict[str, Any]) -> None:
+        """Set all widgets of these names, as an entry by hand does."""
+        self.ask(SET_WIDGETS, values)
+
+    def run(self) -> str:
+        """Press Run; returns the prompt id."""
+        with self.page.expect_response(lambda r: r.request.method == "POST" and r.url.endswith("/prompt")) as answer:
+            self.find("queue-button").click()
+        return answer.value.json()["prompt_id"]
+
+    def show(self, node: int, scale: float = 1.0) -> None:
+        """Bring a node to the middle of the canvas."""
+        self.ask(SHOW, [node, scale])
+
+    def drawn(self) -> None:
+        """Wait until the canvas has been drawn anew."""
+        self.ask("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+    def picture(self, node: int) -> np.ndarray:
+        """The area in which a node shows its pictures or video, as it is on the page: rows, columns, RGB from 0 to 255."""
+        self.show(node)
+        self.wait(PICTURE, node)
+        return self._seen(self.wait(PICTURE, node))
+
+    def red(self, node: int) -> int:
+        """How many pixels at and around a node are of a clear red, the colour of errors."""
+        x, y, width, height = self.ask(AROUND, node)
+        r, g, b = np.moveaxis(self._seen({"x": x, "y": y, "width": width, "height": height}), -1, 0)
+        return int(((r > 120) & (r > 2 * g) & (r > 2 * b)).sum())
+
+    def _seen(self, area: dict[str, float]) -> np.ndarray:
+        self.drawn()
+        with Image.open(io.BytesIO(self.page.screenshot(clip=area))) as picture:
+            return np.asarray(picture.convert("RGB"), np.float32)
+
+    def boxes(self) -> list[tuple[str, float, float, float, float]]:
+        """Title, left, top, width and height of every node as it is drawn."""
+        return [tuple(box) for box in self.ask(BOXES)]
+
+    def screenshot(self, name: str) -> None:
+        """Keep the page as output/browser/`name`.png, for people."""
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        self.drawn()
+        self.page.screenshot(path=SCREENSHOTS / f"{name}.png")
