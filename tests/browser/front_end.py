@@ -10,7 +10,7 @@ from playwright.sync_api import Locator, Page
 from tools import places
 from tools.server import Server
 
-PATIENCE = 120_000  # ms; machines are slow
+PATIENCE = 60_000  # ms; machines are slow
 SCREENSHOTS = places.ROOT / "output" / "browser"
 READY = "() => window.app?.graph && window.app.extensionManager?.setting"
 LOADED = "names => JSON.stringify(app.graph.nodes.map(node => node.type).sort()) == JSON.stringify(names)"
@@ -84,7 +84,7 @@ class FrontEnd:
         self.page.goto(self.address)
         self.page.wait_for_function(READY)
         self.templates.wait_for()
-        self.page.keyboard.press("Escape")
+        self.page.get_by_role("button", name="Close dialog").click()
         self.templates.wait_for(state="hidden")
 
     def set(self, setting: str, value: Any) -> None:
@@ -94,8 +94,7 @@ class FrontEnd:
         """Nodes as elements of the page (modern), or drawn on the canvas (classic)."""
         self.set("Comfy.VueNodes.Enabled", modern)
         self.wait(
-            "modern => !app.graph.nodes.length || !!document.querySelector('[data-node-id]') == modern",
-            modern,
+            "modern => document.querySelectorAll('[data-node-id]').length == (modern ? app.graph.nodes.length : 0)", modern
         )
 
     def ask(self, script: str, argument: Any = None) -> Any:
@@ -164,6 +163,11 @@ class FrontEnd:
         self.show(node)
         self.wait(PICTURE, node)
         return self._seen(self.wait(PICTURE, node))
+
+    def body(self, node: int) -> np.ndarray:
+        """The lower half of a node, where it has pictures when there are any."""
+        x, y, width, height = self.ask(AROUND, node)
+        return self._seen({"x": x, "y": y + height / 2, "width": width, "height": height / 2})
 
     def red(self, node: int) -> int:
         """How many pixels at and around a node are of a clear red, the colour of errors."""

@@ -3,11 +3,14 @@
 import json
 
 import pytest
+from playwright.sync_api import Locator
 
 from tools import places
 from tools.templates import FOLDER
 
 HELP = places.ROOT / "web" / "docs" / "STEMInvertLatents.md"
+BLUEPRINTS = sorted(path.stem for path in (places.ROOT / "subgraphs").glob("*.json"))
+CENTRE = (960, 540)  # of the page
 
 
 def workflow() -> dict:
@@ -19,28 +22,40 @@ def number_of(type_: str) -> int:
     return number
 
 
-@pytest.mark.parametrize("alias", ["video inversion", "ddim inversion", "unsampler"])
-def test_search_finds_the_inversion_by_other_names(front_end, alias):
-    assert "STEM Invert Latents" in search(front_end, alias)
-
-
-def test_search_finds_the_editor_by_the_name_of_its_paper(front_end):
-    assert "STEM TokenFlow" in search(front_end, "tokenflow")
-
-
-def search(front_end, words: str) -> str:
-    """Double click on the empty canvas, type, and read the list."""
-    front_end.page.mouse.dblclick(960, 540)
-    field = front_end.page.get_by_role("combobox", name="Add a node")
-    field.wait_for()
-    field.fill(words)
-    results = front_end.page.locator("#results-list")
-    results.get_by_role("option").filter(has_text="STEM").first.wait_for()
-    found = results.inner_text()
+@pytest.mark.parametrize(
+    ("words", "title"),
+    [
+        ("video inversion", "STEM Invert Latents"),
+        ("ddim inversion", "STEM Invert Latents"),
+        ("unsampler", "STEM Invert Latents"),
+        ("tokenflow", "STEM TokenFlow"),
+    ],
+)
+def test_search_finds_a_node_by_other_names(front_end, words, title):
+    results = search(front_end, words)
+    results.filter(has_text=title).wait_for()
     front_end.screenshot(f"search {words}")
     front_end.page.keyboard.press("Escape")
-    field.wait_for(state="hidden")
-    return found
+    results.first.wait_for(state="hidden")
+
+
+@pytest.mark.parametrize("name", BLUEPRINTS)
+def test_blueprint_is_found_and_placed(front_end, name):
+    search(front_end, name).filter(has_text=name).first.click()
+    front_end.page.mouse.click(*CENTRE)  # it follows the pointer until then
+    front_end.wait("() => app.graph.nodes.length == 1 && !app.graph.nodes[0].flags.ghost")
+    front_end.screenshot(f"blueprint {name}")
+    unknown = "() => app.graph.nodes[0].subgraph.nodes.filter(node => !(node.type in LiteGraph.registered_node_types)).length"
+    assert front_end.ask("() => app.graph.nodes[0].title") == name
+    assert front_end.ask(unknown) == 0
+
+
+def search(front_end, words: str) -> Locator:
+    """Double click on the empty canvas and type; returns what is listed."""
+    front_end.page.mouse.dblclick(*CENTRE)
+    field = front_end.page.get_by_role("combobox", name="Add a node")
+    field.fill(words)
+    return front_end.page.locator("#results-list").get_by_role("option")
 
 
 def test_help_panel_shows_the_page_of_a_node(front_end):
