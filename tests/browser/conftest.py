@@ -56,7 +56,7 @@ def opened(chromium, server):
 def front_end(opened):
     """The page, with classic rendering and an empty canvas; panels that a test left open are closed."""
     opened.ask("() => { app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', false); }")
-    opened.ask("() => app.loadGraphData({version: 0.4, nodes: [], links: [], groups: [], last_node_id: 0, last_link_id: 0})")
+    opened.load({"version": 0.4, "nodes": [], "links": [], "groups": [], "last_node_id": 0, "last_link_id": 0})
     opened.render(modern=False)
     opened.forget()
     return opened

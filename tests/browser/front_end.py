@@ -8,23 +8,26 @@ from PIL import Image
 from playwright.sync_api import Locator, Page
 
 from tools import places
-from tools.server import Server
+from tools.server import Server, refusal
 
 PATIENCE = 60_000  # ms; machines are slow
 SCREENSHOTS = places.ROOT / "output" / "browser"
 READY = "() => window.app?.graph && window.app.extensionManager?.setting"
 LOADED = "names => JSON.stringify(app.graph.nodes.map(node => node.type).sort()) == JSON.stringify(names)"
-SHOW = """([number, scale]) => {
-    const node = app.graph.getNodeById(number), view = app.canvas.ds, canvas = app.canvas.canvas.getBoundingClientRect();
-    view.scale = scale;
-    view.offset = [canvas.width / scale / 2 - node.pos[0] - node.size[0] / 2,
-                   canvas.height / scale / 2 - node.pos[1] - node.size[1] / 2];
+LOAD = "workflow => app.loadGraphData(workflow, true, true, app.extensionManager.workflow.activeWorkflow)"
+SHOW = """([number, scale]) => {  // one node, or all of them at the scale at which they fit
+    const nodes = number == null ? app.graph.nodes : [app.graph.getNodeById(number)];
+    const areas = nodes.map(node => node.boundingRect), view = app.canvas.ds, canvas = app.canvas.canvas.getBoundingClientRect();
+    const [left, top] = [0, 1].map(i => Math.min(...areas.map(area => area[i])));
+    const [right, bottom] = [0, 1].map(i => Math.max(...areas.map(area => area[i] + area[i + 2])));
+    view.scale = scale ?? 0.9 * Math.min(canvas.width / (right - left), canvas.height / (bottom - top), 1);
+    view.offset = [canvas.width / view.scale / 2 - (left + right) / 2, canvas.height / view.scale / 2 - (top + bottom) / 2];
     app.canvas.setDirty(true, true);
 }"""
 WIDGETS = """() => Object.fromEntries(app.graph.nodes.filter(node => node.widgets).map(node =>
     [node.id, node.widgets.filter(widget => widget.serialize !== false).map(widget => [widget.name, widget.value])]))"""
 SET_WIDGETS = """values => { for (const node of app.graph.nodes) for (const widget of node.widgets ?? [])
-    if (widget.name in values) {
+    if (typeof widget.value == typeof values[widget.name]) {
         widget.value = values[widget.name];
         widget.callback?.(widget.value, app.canvas, node);
     } }"""
@@ -127,7 +130,8 @@ class FrontEnd:
         self.wait(LOADED, sorted(types))
 
     def load(self, workflow: dict) -> None:
-        self.ask("workflow => app.loadGraphData(workflow)", workflow)
+        """Put a workflow on the canvas, in the tab that is open."""
+        self.ask(LOAD, workflow)
 
     def save(self) -> dict:
         return self.ask("() => app.graph.serialize()")
@@ -141,18 +145,28 @@ class FrontEnd:
         return self.ask(WIDGETS)
 
     def set_widgets(self, values: dict[str, Any]) -> None:
-        """Set all widgets of these names, as an entry by hand does."""
+        """Set all widgets of these names and kinds of value, as an entry by hand does."""
         self.ask(SET_WIDGETS, values)
 
     def run(self) -> str:
-        """Press Run; returns the prompt id."""
+        """Press Run; returns the prompt id.
+
+        Raises:
+            GraphError: ComfyUI refuses the graph, in whole or in part.
+        """
         with self.page.expect_response(lambda r: r.request.method == "POST" and r.url.endswith("/prompt")) as answer:
             self.find("queue-button").click()
-        return answer.value.json()["prompt_id"]
+        told = answer.value.json()
+        if told.get("error") or told["node_errors"]:
+            raise refusal(told)
+        return told["prompt_id"]
 
     def show(self, node: int, scale: float = 1.0) -> None:
         """Bring a node to the middle of the canvas."""
         self.ask(SHOW, [node, scale])
+
+    def show_all(self) -> None:
+        self.ask(SHOW, [None, None])
 
     def drawn(self) -> None:
         """Wait until the canvas has been drawn anew."""
