@@ -12,12 +12,14 @@ from tools.server import Server, refusal
 
 PATIENCE = 60_000  # ms; machines are slow
 SCREENSHOTS = places.ROOT / "output" / "browser"
+FRAME, TITLE = 16, 30  # pixels of the canvas: around a node where errors are drawn, height of its title
 READY = "() => window.app?.graph && window.app.extensionManager?.setting"
 LOADED = "names => JSON.stringify(app.graph.nodes.map(node => node.type).sort()) == JSON.stringify(names)"
 LOAD = "workflow => app.loadGraphData(workflow, true, true, app.extensionManager.workflow.activeWorkflow)"
 SHOW = """([number, scale]) => {  // one node, or all of them at the scale at which they fit
     const nodes = number == null ? app.graph.nodes : [app.graph.getNodeById(number)];
-    const areas = nodes.map(node => node.boundingRect), view = app.canvas.ds, canvas = app.canvas.canvas.getBoundingClientRect();
+    const areas = nodes.map(node => node.boundingRect), view = app.canvas.ds;
+    const canvas = app.canvas.canvas.getBoundingClientRect();
     const [left, top] = [0, 1].map(i => Math.min(...areas.map(area => area[i])));
     const [right, bottom] = [0, 1].map(i => Math.max(...areas.map(area => area[i] + area[i + 2])));
     view.scale = scale ?? 0.9 * Math.min(canvas.width / (right - left), canvas.height / (bottom - top), 1);
@@ -52,11 +54,11 @@ BOXES = """() => app.graph.nodes.map(node => {  // as they are drawn, in pixels 
 })"""
 
 AROUND = """number => {  // a node and its frame, in pixels of the page
-    const [x, y, width, height] = app.graph.getNodeById(number).boundingRect, view = app.canvas.ds, frame = 16;
+    const [x, y, width, height] = app.graph.getNodeById(number).boundingRect, view = app.canvas.ds, frame = FRAME;
     const canvas = app.canvas.canvas.getBoundingClientRect();
     return [canvas.x + (x + view.offset[0] - frame) * view.scale, canvas.y + (y + view.offset[1] - frame) * view.scale,
             (width + 2 * frame) * view.scale, (height + 2 * frame) * view.scale];
-}"""
+}""".replace("FRAME", str(FRAME))
 
 
 class Message(NamedTuple):
@@ -164,6 +166,13 @@ class FrontEnd:
     def show(self, node: int, scale: float = 1.0) -> None:
         """Bring a node to the middle of the canvas."""
         self.ask(SHOW, [node, scale])
+
+    def select(self, node: int) -> None:
+        """Bring a node to the middle of the canvas and click its title."""
+        self.show(node)
+        self.drawn()
+        x, y, width, _ = self.ask(AROUND, node)
+        self.page.mouse.click(x + width / 2, y + FRAME + TITLE / 2)
 
     def show_all(self) -> None:
         self.ask(SHOW, [None, None])
