@@ -109,4 +109,5 @@ def test_an_inversion_with_prompts_on_two_devices_is_that_on_one(pack, models):
         assert torch.equal(sigmas, wanted[1])
         assert torch.equal(trajectory.latents, found[0][2].latents)
         assert all(torch.equal(a, b) for a, b in zip(basis.keys, found[0][3].keys, strict=True))
-        assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(basis.keys, wanted[3].keys, strict=True))
+        for a, b in zip(basis.keys, wanted[3].keys, strict=True):  # in the mean: EM may amplify the rounding of a single one
+            assert (a - b).norm() <= 1e-3 * b.norm()
