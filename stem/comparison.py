@@ -37,7 +37,7 @@ def compare_clips(clips: Sequence[Tensor], labels: Sequence[str], columns: int =
     height = clips[0].shape[1]
     widths = [max(1, round(clip.shape[2] * height / clip.shape[1])) for clip in clips]
     gap = max(2, height // 64)
-    band = max(LEAST_BAND, height // 10) if any(labels) else 0
+    band = max(LEAST_BAND, height // 10) if any(label.strip() for label in labels) else 0
     across = [max(widths[column::columns]) for column in range(columns)]
     rows = -(-len(clips) // columns)
     frames = max(len(clip) for clip in clips)
@@ -48,7 +48,8 @@ def compare_clips(clips: Sequence[Tensor], labels: Sequence[str], columns: int =
     ]
     sheet = Image.new("RGB", (size[1], size[0]), PAPER)
     for (top, left), width, label in zip(places, widths, labels, strict=True):
-        _write(sheet, label, left, top, width, band)
+        if label.strip():
+            _write(sheet, label, left, top, width, band)
     empty = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8).reshape(*size, 3) / 255
     out = empty.expand(frames, *size, 3).clone()
     for clip, (top, left), width in zip(clips, places, widths, strict=True):
@@ -70,8 +71,6 @@ def _scaled(picture: Tensor, height: int, width: int) -> Tensor:
 
 def _write(sheet: Image.Image, label: str, left: int, top: int, width: int, band: int) -> None:
     """In the middle of the strip above a picture; letters smaller where it is long, and cut where it is too long."""
-    if not label.strip():
-        return
     label, size = " ".join(label.split()), round(0.7 * band)
     room, least = width - band // 4, round(0.45 * band)
     while size > least and letters(label, size).getlength(label) > room:

@@ -29,6 +29,7 @@ class Picture(NamedTuple):
     clips: dict[str, str]  # caption -> node id of a PreviewImage
     fps: float = FPS
     every: int = 1  # frames that are shown
+    quality: int = 80  # of the file; noise takes much room
 
 
 def shown(graph: Graph, **sources: list) -> Graph:
@@ -95,7 +96,9 @@ PICTURES = {
     "STEMBasisEstimate": Picture(
         lambda: load_graph("long_clip", STEPS), {"source, 48 frames": "source", "sampled back": "reconstruction"}, every=LONG
     ),
-    "STEMInvertLatents": Picture(inverted, {"source": "source", "its noise": "noise", "sampled back": "reconstruction"}),
+    "STEMInvertLatents": Picture(
+        inverted, {"source": "source", "its noise": "noise", "sampled back": "reconstruction"}, quality=40
+    ),
     "STEMPatchModel": Picture(patched, {"source": "source", "without this node": "plain", "with this node": "reconstruction"}),
     "STEMTokenFlow": Picture(lambda: load_graph("tokenflow", STEPS), {"source": "source", "a blue star on grass": "edit"}),
     "STEMFateZero": Picture(lambda: load_graph("fatezero", STEPS), {"source": "source", "a blue star on grass": "edit"}),
@@ -116,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 picture = PICTURES[name]
                 clips, _ = run(server, picture.graph(), name, sys.stderr)
                 chosen = {caption: clips[node][:: picture.every] for caption, node in picture.clips.items()}
-                save_animation(FOLDER / f"{name}.webp", side_by_side(chosen), picture.fps)
+                save_animation(FOLDER / f"{name}.webp", side_by_side(chosen), picture.fps, picture.quality)
     except (places.SetupError, ServerError, GraphError, OSError) as error:
         print(f"No more pictures were made. {error}", file=sys.stderr)
         return 1

@@ -76,10 +76,10 @@ def save_video(path: Path, pictures: Sequence[Image.Image], fps: float) -> None:
         container.mux(stream.encode())
 
 
-def save_animation(path: Path, pictures: Sequence[Image.Image], fps: float) -> None:
+def save_animation(path: Path, pictures: Sequence[Image.Image], fps: float, quality: int = 80) -> None:
     """Writes pictures of one size as an animated WebP that repeats for ever."""
     first, *others = pictures
-    first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0, quality=80, method=6)
+    first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0, quality=quality, method=6)
 
 
 def _moments(frames: int, columns: int) -> list[int]:

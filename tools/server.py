@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,24 @@ class Progress(NamedTuple):
     class_type: str
     value: float
     maximum: float
+
+
+class StatusLine(NamedTuple):
+    """Text that is shown at a node."""
+
+    node_id: str
+    text: str
+
+
+class Preview(NamedTuple):
+    """A picture that is shown at a node while it runs."""
+
+    node_id: str
+    kind: str  # MIME type
+    data: bytes
+
+
+Shown = StatusLine | Preview
 
 
 def command_line(where: places.Locations, extra_packs: Sequence[Path] = ()) -> list[str]:
@@ -139,29 +158,43 @@ class Server:
     def object_info(self) -> dict[str, dict]:
         return self.get("/object_info")
 
-    def queue(self, graph: Graph, client_id: str | None = None) -> str:
+    def queue(self, graph: Graph, client_id: str | None = None, preview_method: str = "default") -> str:
         """Queue a graph; returns its prompt id.
 
+        Args:
+            client_id: whom to tell of its progress.
+            preview_method: of samplers; "default" is what the server was started with.
         Raises:
             GraphError: ComfyUI refuses it, in whole or in part.
         """
-        answer = self.post("/prompt", {"prompt": graph} | ({"client_id": client_id} if client_id else {}))
+        request = {"prompt": graph, "extra_data": {"preview_method": preview_method}}
+        answer = self.post("/prompt", request | ({"client_id": client_id} if client_id else {}))
         if answer["node_errors"]:  # some outputs are valid and were queued all the same
             self.post("/queue", {"delete": [answer["prompt_id"]]})
             self.interrupt(answer["prompt_id"])
             raise refusal(answer)
         return answer["prompt_id"]
 
-    def run(self, graph: Graph, on_progress: Callable[[Progress], None] | None = None, timeout: float = 600) -> dict:
+    def run(
+        self,
+        graph: Graph,
+        on_progress: Callable[[Progress], None] | None = None,
+        timeout: float = 600,
+        on_shown: Callable[[Shown], None] | None = None,
+        preview_method: str = "default",
+    ) -> dict:
         """Queue a graph and wait for its end; returns its entry in the history, "outputs" naming the files.
 
         Args:
             on_progress: called when a node begins (value 0 of 1) and at each of its steps.
+            on_shown: called with what is shown at a node while it runs.
+            preview_method: as for `queue`.
         Raises:
             GraphError: it was refused, failed, or a node was blocked. GraphInterrupted: it was cancelled.
             TimeoutError: it took longer than `timeout` seconds; it is cancelled.
         """
-        return asyncio.run(self._run(graph, on_progress or (lambda _: None), timeout))
+        nothing = lambda _: None  # noqa: E731
+        return asyncio.run(self._run(graph, on_progress or nothing, timeout, on_shown or nothing, preview_method))
 
     def wait(self, prompt_id: str, timeout: float = 600) -> dict:
         """Wait for a queued graph; returns and raises as `run`, but that the history omits blocked nodes."""
@@ -184,14 +217,22 @@ class Server:
     def log_tail(self, lines: int = 40) -> str:
         return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
-    async def _run(self, graph: Graph, on_progress: Callable[[Progress], None], timeout: float) -> dict:
+    async def _run(
+        self,
+        graph: Graph,
+        on_progress: Callable[[Progress], None],
+        timeout: float,
+        on_shown: Callable[[Shown], None],
+        preview_method: str,
+    ) -> dict:
         import aiohttp  # ComfyUI brings it
 
         client_id = uuid.uuid4().hex
         end = time.monotonic() + timeout
         async with aiohttp.ClientSession() as session:
             async with session.ws_connect(f"{self.address}/ws?clientId={client_id}", max_msg_size=0) as events:
-                prompt_id, blocked = self.queue(graph, client_id), None
+                await events.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
+                prompt_id, blocked = self.queue(graph, client_id, preview_method), None
                 while True:
                     try:
                         message = await asyncio.wait_for(events.receive(), max(end - time.monotonic(), 0))
@@ -199,7 +240,9 @@ class Server:
                         raise self._late(prompt_id, timeout) from None
                     if message.type in (aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR):
                         raise ServerError(f"The server broke off. The end of {self.log}:\n{self.log_tail()}")
-                    if message.type != aiohttp.WSMsgType.TEXT:  # a preview
+                    if message.type == aiohttp.WSMsgType.BINARY:
+                        on_shown(read_shown(message.data))
+                    if message.type != aiohttp.WSMsgType.TEXT:
                         continue
                     event = json.loads(message.data)
                     kind, data = event["type"], event["data"]
@@ -248,6 +291,18 @@ class Server:
                 raise refusal(json.loads(content)) from None
             raise ServerError(f"{path}: HTTP {error.code}: {content[:500].decode(errors='replace')}") from None
         return json.loads(content) if kind == "application/json" else content
+
+
+def read_shown(message: bytes) -> Shown:
+    """A binary message: its kind, the length of what tells the node, that, and what is shown."""
+    kind, length = struct.unpack(">II", message[:8])
+    told, shown = message[8 : 8 + length].decode(), message[8 + length :]
+    if kind == 3:
+        return StatusLine(told, shown.decode())
+    if kind == 4:
+        told = json.loads(told)
+        return Preview(told["node_id"], told["image_type"], shown)
+    raise ServerError(f"The server sent a binary message of kind {kind}; 3 (text) and 4 (a preview with metadata) are known.")
 
 
 def refusal(answer: dict) -> GraphError:

@@ -66,6 +66,8 @@ def view_basis(
     """
     check = management.throw_exception_if_processing_interrupted
     sigma, temperature = float(trajectory.sigmas[level]), basis.settings.temperature
+    recorded = float(basis.sigmas[nearest_level(basis.sigmas, sigma)])
+    other = f", bases of sigma {recorded:.3g}" if abs(recorded / sigma - 1) > 0.01 else ""
     keys = keys_at(model, layout, basis, trajectory, block.name, head, level)
     mu = bases_at(basis, block.name, sigma)[0][head].float()
     scale = block_scales(model.model.diffusion_model)[slot_of(block.name)]
@@ -82,7 +84,7 @@ def view_basis(
     start = start_of_em(basis, block, head, sigma, seen)
     em = convergence(seen, start.bases, start.rounds, FURTHER, temperature, check)
     figures = BasisFigures(
-        place=f"{block.name}, head {head}, noise level {level} of {len(trajectory.sigmas) - 1} (sigma {sigma:.3g})",
+        place=f"{block.name}, head {head}, noise level {level} of {len(trajectory.sigmas) - 1} (sigma {sigma:.3g}{other})",
         alive=int(alive(mu[None]).sum()),
         usage=usage,
         fits=em.fit,

@@ -99,8 +99,10 @@ def test_template_runs_and_its_result_is_seen(front_end, server, name):
     front_end.load(stored(name))
     front_end.set_widgets(QUICK)
     entry = server.wait(front_end.run(), timeout=280)
-    shown = {int(node): output for node, output in entry["outputs"].items() if "images" in output}
-    assert shown.keys() == wanted
+    outputs = {int(node): output for node, output in entry["outputs"].items()}
+    assert wanted <= outputs.keys()
+    shown = {node: outputs[node] for node in wanted if "images" in outputs[node]}
+    assert shown
     try:
         for modern in (False, True):
             front_end.render(modern)

@@ -154,6 +154,14 @@ def test_a_basis_of_keyframes_is_shown_on_them(pack, demo, clip):
     assert "on all 5 frames (the basis is of another clip, of 9 frames)" in other
 
 
+def test_bases_of_another_level_are_said_to_be(pack, demo, clip):
+    _, trajectory, basis, _ = clip
+    sigma = float(trajectory.sigmas[3])
+    assert f"noise level 3 of 4 (sigma {sigma:.3g})" in look(pack, demo, clip)[2]
+    other = look(pack, demo, clip, basis=basis._replace(sigmas=1.2 * basis.sigmas))[2]
+    assert f"noise level 3 of 4 (sigma {sigma:.3g}, bases of sigma {1.2 * sigma:.3g})" in other
+
+
 @pytest.mark.parametrize("block", ["input_1", "input_4", "middle_0", "output_11"])
 def test_sizes_that_do_not_divide(pack, block):
     model, latents = tiny_model(), clip_latents(3, 9, 13)

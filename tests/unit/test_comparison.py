@@ -34,7 +34,7 @@ def test_a_row_under_a_strip():
 
 
 def test_without_labels_there_is_no_strip():
-    assert compare_clips([clip(0.3), clip(0.6)], ["", ""]).shape == (2, 40, 122, 3)
+    assert compare_clips([clip(0.3), clip(0.6)], ["", " "]).shape == (2, 40, 122, 3)
 
 
 def test_an_empty_label_leaves_its_strip_empty():
