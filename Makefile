@@ -21,7 +21,7 @@ setup-tests:
 demo: setup  ## run STEM inversion end to end; see output/demo/
 	@$(PYTHON) -m tools.demo $(ARGS)
 
-test: setup-tests  ## run all tests; those of the front end where STEM_CHROMIUM names a chromium
+test: setup-tests  ## run all tests; those of the front end where chromium is installed
 	@$(PYTHON) -m pytest -c tests/pytest.ini $(ARGS) $(if $(filter tests%,$(ARGS)),,tests)
 
 serve: setup  ## run ComfyUI with the pack on 127.0.0.1:8188

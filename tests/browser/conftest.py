@@ -11,6 +11,7 @@ from tools.server import Server
 
 sys.path.append(str(Path(__file__).parent))  # tests import `front_end`
 
+NAMES = ("chromium", "chromium-browser", "google-chrome")
 OPTIONS = (
     *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
     *("--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"),  # the same with and without internet
@@ -20,12 +21,14 @@ SIZE = {"width": 1920, "height": 1080}
 
 @pytest.fixture(scope="session")
 def chromium() -> str:
-    """Path of the browser: $STEM_CHROMIUM, which then must exist."""
-    if not (asked := os.environ.get("STEM_CHROMIUM")):
-        pytest.skip("no browser is named: set STEM_CHROMIUM to chromium or its path to run these tests.")
-    if not (found := shutil.which(asked)):
-        pytest.fail(f"STEM_CHROMIUM is {asked}, which is no program. Correct it, or unset it.")
-    return found
+    """Path of the browser: $STEM_CHROMIUM, which then must exist, or one that is installed."""
+    if asked := os.environ.get("STEM_CHROMIUM"):
+        if not (found := shutil.which(asked)):
+            pytest.fail(f"STEM_CHROMIUM is {asked}, which is no program. Correct it, or unset it.")
+        return found
+    if found := next(filter(None, map(shutil.which, NAMES)), None):
+        return found
+    pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed. Install one, or set STEM_CHROMIUM to its path.")
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +40,7 @@ def server(chromium):
 
 
 @pytest.fixture(scope="session")
-def opened(chromium, server):
+def opened(chromium, server, written):
     from front_end import FrontEnd
     from playwright.sync_api import sync_playwright
 
@@ -49,11 +52,20 @@ def opened(chromium, server):
         browser.close()
 
 
+@pytest.fixture(scope="session")
+def written(server):
+    """Files in the output folder that tests add here; they are removed when no page shows them any more."""
+    files = []
+    yield files
+    for file in files:
+        (server.output_directory / file["subfolder"] / file["filename"]).unlink()
+
+
 @pytest.fixture
 def front_end(opened):
-    """The page, with classic rendering and an empty canvas; panels that a test left open are closed."""
+    """The page, with classic rendering and an empty tab of its own; panels that a test left open are closed."""
     opened.ask("() => { app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', false); }")
-    opened.load({"version": 0.4, "nodes": [], "links": [], "groups": [], "last_node_id": 0, "last_link_id": 0})
+    opened.new_tab()
     opened.render(modern=False)
     opened.forget()
     return opened

@@ -12,6 +12,7 @@ from tools.server import Server, refusal
 
 PATIENCE = 60_000  # ms; machines are slow
 SCREENSHOTS = places.ROOT / "output" / "browser"
+FRAME, TITLE = 16, 30  # pixels of the canvas: around a node where errors are drawn, height of its title
 READY = "() => window.app?.graph && window.app.extensionManager?.setting"
 LOADED = "names => JSON.stringify(app.graph.nodes.map(node => node.type).sort()) == JSON.stringify(names)"
 LOAD = "workflow => app.loadGraphData(workflow, true, true, app.extensionManager.workflow.activeWorkflow)"
@@ -53,11 +54,11 @@ BOXES = """() => app.graph.nodes.map(node => {  // as they are drawn, in pixels 
 })"""
 
 AROUND = """number => {  // a node and its frame, in pixels of the page
-    const [x, y, width, height] = app.graph.getNodeById(number).boundingRect, view = app.canvas.ds, frame = 16;
+    const [x, y, width, height] = app.graph.getNodeById(number).boundingRect, view = app.canvas.ds, frame = FRAME;
     const canvas = app.canvas.canvas.getBoundingClientRect();
     return [canvas.x + (x + view.offset[0] - frame) * view.scale, canvas.y + (y + view.offset[1] - frame) * view.scale,
             (width + 2 * frame) * view.scale, (height + 2 * frame) * view.scale];
-}"""
+}""".replace("FRAME", str(FRAME))
 
 
 class Message(NamedTuple):
@@ -130,6 +131,12 @@ class FrontEnd:
         self.templates.wait_for(state="hidden")
         self.wait(LOADED, sorted(types))
 
+    def new_tab(self) -> None:
+        """An empty workflow, where no node has shown anything yet."""
+        before = self.ask("() => app.extensionManager.workflow.activeWorkflow.path")
+        self.ask("() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+        self.wait("path => app.extensionManager.workflow.activeWorkflow.path != path && app.graph.nodes.length == 0", before)
+
     def load(self, workflow: dict) -> None:
         """Put a workflow on the canvas, in the tab that is open."""
         self.ask(LOAD, workflow)
@@ -165,6 +172,13 @@ class FrontEnd:
     def show(self, node: int, scale: float = 1.0) -> None:
         """Bring a node to the middle of the canvas."""
         self.ask(SHOW, [node, scale])
+
+    def select(self, node: int) -> None:
+        """Bring a node to the middle of the canvas and click its title."""
+        self.show(node)
+        self.drawn()
+        x, y, width, _ = self.ask(AROUND, node)
+        self.page.mouse.click(x + width / 2, y + FRAME + TITLE / 2)
 
     def show_all(self) -> None:
         self.ask(SHOW, [None, None])

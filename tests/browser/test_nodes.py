@@ -41,8 +41,12 @@ def test_search_finds_a_node_by_other_names(front_end, words, title):
 
 @pytest.mark.parametrize("name", BLUEPRINTS)
 def test_blueprint_is_found_and_placed(front_end, name):
-    search(front_end, name).filter(has_text=name).first.click()
-    front_end.page.mouse.click(*CENTRE)  # it follows the pointer until then
+    results = search(front_end, name)
+    results.filter(has_text=name).first.click()
+    results.first.wait_for(state="hidden")
+    front_end.wait("() => app.canvas.state.ghostNodeId != null")  # it follows the pointer until the next click
+    front_end.page.mouse.move(CENTRE[0] - 50, CENTRE[1])
+    front_end.page.mouse.click(*CENTRE)
     front_end.wait("() => app.graph.nodes.length == 1 && !app.graph.nodes[0].flags.ghost")
     front_end.screenshot(f"blueprint {name}")
     unknown = "() => app.graph.nodes[0].subgraph.nodes.filter(node => !(node.type in LiteGraph.registered_node_types)).length"
@@ -63,7 +67,7 @@ def test_help_panel_shows_the_page_of_a_node(front_end):
     front_end.load(workflow())
     number = number_of("STEMInvertLatents")
     front_end.show(number)
-    front_end.ask("number => app.canvas.selectNode(app.graph.getNodeById(number))", number)
+    front_end.select(number)
     front_end.find("info-button").click()
     page = front_end.page.locator(".node-help-content .markdown-content")
     page.get_by_role("heading", name=heading, exact=True).wait_for()
