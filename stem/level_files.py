@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .archive import ArchivedLevels
+
 NAME = "latents"
 REMEDY = "Invert the clip again: change an input of the inversion, or free ComfyUI's cache (Unload Models and Execution Cache)."
 
@@ -79,4 +81,4 @@ class LevelFiles:
         return self.folder / f"{range(len(self))[level]:04}.safetensors"
 
 
-Levels = Tensor | LevelFiles  # (t+1, f, c, height, width), indexed by level
+Levels = Tensor | LevelFiles | ArchivedLevels  # (t+1, f, c, height, width), indexed by level

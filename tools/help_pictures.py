@@ -2,8 +2,8 @@
 
     python -m tools.help_pictures [--only STEMInvertLatents ...]
 
-Each picture shows clips beside each other, moving, in web/docs/<NodeId>.webp. The graphs are those of tests/graphs with what
-is to be seen added, run with the demo model on a real server.
+Each picture shows clips beside each other, moving, in web/docs/<NodeId>.webp; nodes that save share that of the node that
+loads. The graphs are those of tests/graphs with what is to be seen added, run with the demo model on a real server.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tools import places, processes
-from tools.demo import FPS, load_graph, run
+from tools.demo import FPS, PATIENCE, load_graph, run
 from tools.help import FOLDER
 from tools.pictures import save_animation, side_by_side
 from tools.server import Graph, GraphError, Server, ServerError
@@ -30,6 +30,7 @@ class Picture(NamedTuple):
     fps: float = FPS
     every: int = 1  # frames that are shown
     quality: int = 80  # of the file; noise takes much room
+    saving: Callable[[], Graph] | None = None  # a graph that runs first, and whose node "save" writes what "load" reads
 
 
 def shown(graph: Graph, **sources: list) -> Graph:
@@ -80,14 +81,42 @@ def inverted() -> Graph:
 
 def patched() -> Graph:
     graph = load_graph("reconstruct", STEPS)
-    sample = graph["sample"]
-    graph["plain sample"] = {**sample, "inputs": sample["inputs"] | {"model": ["demo", 0]}}
+    graph["plain sample"] = with_inputs(graph["sample"], model=["demo", 0])
     return graph | decoded("plain", ["plain sample", 0])
 
 
 def compared() -> Graph:
     graph = load_graph("compare", STEPS)
     return shown(graph, source=["clip", 0], reconstruction=["decode", 0], ddim=["decode_ddim", 0])
+
+
+def saving(node: str, **links: list) -> Graph:
+    """An inversion of the demo clip of which this node saves some outputs."""
+    graph = load_graph("reconstruct", STEPS)
+    kept = {name: graph[name] for name in ("demo", "clip", "encode", "positive", "invert")}
+    return kept | {"save": {"class_type": node, "inputs": {**links, "filename_prefix": "stem/help"}}}
+
+
+def edited_twice() -> Graph:
+    graph = load_graph("tokenflow", STEPS)
+    graph["load"] = {"class_type": "STEMLoadInversion", "inputs": {}}
+    del graph["invert"]
+    for node in graph.values():
+        node["inputs"] |= {k: ["load", v[1]] for k, v in node["inputs"].items() if isinstance(v, list) and v[0] == "invert"}
+    graph["other edited"] = with_inputs(graph["edited"], text="a red star on sand")
+    graph["other sample"] = with_inputs(graph["sample"], positive=["other edited", 0])
+    return graph | decoded("other", ["other sample", 0])
+
+
+def based() -> Graph:
+    graph = load_graph("reconstruct", STEPS)
+    graph["load"] = {"class_type": "STEMLoadBasis", "inputs": {}}
+    graph["invert"] = with_inputs(graph["invert"], basis=["load", 0])
+    return graph
+
+
+def with_inputs(node: dict, **inputs: object) -> dict:
+    return {**node, "inputs": node["inputs"] | inputs}
 
 
 PICTURES = {
@@ -105,6 +134,16 @@ PICTURES = {
     "STEMBasisPreview": Picture(compared, {"source": "source", "bases": "painted"}),
     "STEMInversionReport": Picture(compared, {"source": "source", "sampled back": "reconstruction"}),
     "STEMCompareVideos": Picture(compared, {"source": "source", "stem": "reconstruction", "ddim": "ddim"}),
+    "STEMLoadInversion": Picture(
+        edited_twice,
+        {"source": "source", "a blue star on grass": "edit", "a red star on sand": "other"},
+        saving=lambda: saving("STEMSaveInversion", latents=["invert", 0], trajectory=["invert", 2]),
+    ),
+    "STEMLoadBasis": Picture(
+        based,
+        {"source": "source", "sampled back": "reconstruction"},
+        saving=lambda: saving("STEMSaveBasis", basis=["invert", 3]),
+    ),
 }
 
 
@@ -117,7 +156,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with Server() as server:
             for name in options.only:
                 picture = PICTURES[name]
-                clips, _ = run(server, picture.graph(), name, sys.stderr)
+                graph = picture.graph()
+                if picture.saving:
+                    told = server.run(picture.saving(), timeout=PATIENCE)["outputs"]["save"]["text"]
+                    graph["load"]["inputs"]["file"] = told[0].partition("\n")[0]
+                clips, _ = run(server, graph, name, sys.stderr)
                 chosen = {caption: clips[node][:: picture.every] for caption, node in picture.clips.items()}
                 save_animation(FOLDER / f"{name}.webp", side_by_side(chosen), picture.fps, picture.quality)
     except (places.SetupError, ServerError, GraphError, OSError) as error:
