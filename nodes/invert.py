@@ -8,6 +8,7 @@ from ..stem.basis import Basis, BasisSettings, check_basis
 from .bridge.batches import plan_batches
 from .bridge.inversion import Inversion, checked_latents, empty_path, invert
 from .bridge.layout import choose_blocks, read_layout
+from .bridge.resume import Resume, digest_of
 from .bridge.self_attention import EstimatedBases, FixedBases, every_frame, first_and_previous_frame
 from .settings import (
     CATEGORY,
@@ -93,7 +94,17 @@ class STEMInvertLatents(io.ComfyNode):
                     "memory. Editors read one or two levels at a time.",
                 ),
                 warm_iterations_input(),
+                io.String.Input(
+                    "resume",
+                    optional=True,
+                    default="",
+                    advanced=True,
+                    tooltip="A name under which levels that are done are kept in ComfyUI's output folder (stem/resume) until "
+                    "the inversion is complete. If it is cancelled or ComfyUI ends, the same workflow goes on from there. "
+                    "Empty: nothing is kept.",
+                ),
             ],
+            hidden=[io.Hidden.dynprompt],
             outputs=[
                 io.Latent.Output(
                     display_name="latents",
@@ -124,6 +135,7 @@ class STEMInvertLatents(io.ComfyNode):
         trajectory_dtype="float32",
         trajectory_on_disk=False,
         warm_iterations=0,
+        resume="",
     ) -> io.NodeOutput:
         with named(cls):
             layout = read_layout(model)
@@ -142,11 +154,18 @@ class STEMInvertLatents(io.ComfyNode):
                 choice = EstimatedBases(settings)
             batches = plan_batches(model, samples.shape, frames_per_batch, choice, positive)
             path = empty_path(steps, samples.shape, DTYPES[trajectory_dtype], trajectory_on_disk)
-            run = invert(model, layout, names, choice, samples, positive, steps, method, settings, batches, path)
+            kept = None
+            if resume:
+                how = (steps, method, names, frames_per_batch, settings)
+                graph = cls.hidden and cls.hidden.dynprompt
+                kept = Resume(resume, digest_of(graph, samples, positive, basis, layout.model, how))
+            run = invert(model, layout, names, choice, samples, positive, steps, method, settings, batches, path, kept)
+            if kept:
+                kept.finish()
         if basis is None:
             basis = _recorded_basis(run, method, len(samples))
-        kept = {name: value for name, value in latents.items() if name != "noise_mask"}
-        return io.NodeOutput({**kept, "samples": run.latents}, run.trajectory.sigmas.flip(0), run.trajectory, basis)
+        others = {name: value for name, value in latents.items() if name != "noise_mask"}
+        return io.NodeOutput({**others, "samples": run.latents}, run.trajectory.sigmas.flip(0), run.trajectory, basis)
 
 
 def _recorded_basis(run: Inversion, method: str, frames: int) -> Basis | ExecutionBlocker:

@@ -26,6 +26,7 @@ from .layout import Layout
 from .memory import block_memory, context_memory, withdraw
 from .progress import Progress
 from .record import RECORD, BasisRecord
+from .resume import Resume
 from .self_attention import BLOCK_MEMORY, ContextChoice, patch_self_attention, without_own_patches
 
 GUIDANCE = (
@@ -80,6 +81,7 @@ def invert(
     basis: BasisSettings | None,
     batches: Batches | None = None,
     path: Levels | None = None,
+    resume: Resume | None = None,
 ) -> Inversion:
     """Climbs from a clean video to the noise that it came from, with the conditional prediction alone.
 
@@ -95,6 +97,7 @@ def invert(
         batches: How many frames go through the model at once; None: as many as can and fit.
         path: Of the shape (steps + 1, f, c, height, width), to be filled with the latents of every level; None: float32 in
             memory.
+        resume: Where levels are kept until the run is complete, and where an earlier run may have left some.
 
     Raises:
         ValueError: No conditioning, one that leaves levels or parts of the picture out, hooks that change over the
@@ -126,7 +129,7 @@ def invert(
         noisy = guider.sample(
             torch.zeros_like(samples),
             samples,
-            comfy.samplers.KSAMPLER(climb, {"path": path, "progress": progress}),
+            comfy.samplers.KSAMPLER(climb, {"path": path, "progress": progress, "record": record, "resume": resume}),
             levels,
             callback=progress.callback,
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
@@ -174,16 +177,30 @@ def without_guidance(model: ModelPatcher) -> ModelPatcher:
 
 
 def climb(
-    model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable: bool, path: Levels, progress: Progress
+    model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict,
+    callback,
+    disable: bool,
+    path: Levels,
+    progress: Progress,
+    record: BasisRecord,
+    resume: Resume | None,
 ) -> Tensor:
     """A sampler function (k-diffusion's form) over rising sigmas (t+1,); fills `path` (t+1, ...) with the latents on the way.
+
+    What an earlier run left in `resume` is taken over, and every new level is kept there, with what `record` has of it.
 
     Source: `stem.ddim.inversion_update`.
     """
     x = start_latent(x, sigmas)
     path[0] = x
-    each = x.new_ones([len(x)])
-    for i in comfy.utils.model_trange(len(sigmas) - 1, disable=disable):
+    each, first = x.new_ones([len(x)]), 0
+    for first, known in enumerate(resume.restore(record, x, len(sigmas) - 1) if resume else (), 1):
+        path[first] = x = known
+    progress.resumed(first)
+    for i in comfy.utils.model_trange(first, len(sigmas) - 1, disable=disable):
         comfy.model_management.throw_exception_if_processing_interrupted()
         source, destination = sigmas[i], sigmas[i + 1]
         progress.level(float(destination))
@@ -195,6 +212,8 @@ def climb(
             )
         x = inversion_update(x, denoised, source, destination)
         path[i + 1] = x
+        if resume:
+            resume.keep(record, i + 1, x)
         callback({"x": x, "i": i, "sigma": destination, "sigma_hat": destination, "denoised": denoised})
     return x
 

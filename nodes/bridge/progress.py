@@ -97,7 +97,7 @@ class Progress:
     def __init__(self, model: ModelPatcher, levels: int):
         context = get_executing_context()
         self._node_id = context.node_id if context else None
-        self._levels, self._done, self._line = levels, 0, ""
+        self._levels, self._done, self._resumed, self._line = levels, 0, 0, ""
         self._bar = comfy.utils.ProgressBar(levels)
         self._previews = Previews(model) if self._bar.hook else None
         self._began = self._level_began = self._first_done = time.perf_counter()
@@ -112,10 +112,14 @@ class Progress:
         else:
             self._send(f"{self._levels} levels in {clock(time.perf_counter() - self._began)}")
 
+    def resumed(self, levels: int) -> None:
+        """So many levels are known from an earlier run."""
+        self._done = self._resumed = levels
+
     def level(self, sigma: float) -> None:
         """The next noise level begins."""
         self._level_began = time.perf_counter()
-        if not self._done:  # loading the model is over
+        if self._done == self._resumed:  # loading the model is over
             self._began = self._level_began
         self._line = f"level {self._done + 1} of {self._levels} (sigma {sigma:.3g})"
         self._tell()
@@ -128,7 +132,7 @@ class Progress:
     def callback(self, step: int, x0: Tensor, x: Tensor, total: int) -> None:
         """A noise level is done. Core raises its interruption here."""
         self._done = step + 1
-        if self._done == 1:
+        if self._done == self._resumed + 1:
             self._first_done = time.perf_counter()
         self._bar.update_absolute(self._done, total, self._previews.of(x0) if self._previews else None)
 
@@ -143,10 +147,11 @@ class Progress:
 
     def _left(self, now: float) -> float | None:
         """Seconds, by the levels that are done; but for the first, which warms up, where there are others."""
-        if not self._done:
+        done = self._done - self._resumed
+        if not done:
             return None
-        if self._done > 1:
-            each = (self._level_began - self._first_done) / (self._done - 1)
+        if done > 1:
+            each = (self._level_began - self._first_done) / (done - 1)
         else:
             each = self._first_done - self._began
         return max(each * (self._levels - self._done) - (now - self._level_began), 0.0)

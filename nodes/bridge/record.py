@@ -1,5 +1,7 @@
 """Collects the bases of one inversion as its patches estimate them."""
 
+from collections.abc import Callable
+from itertools import chain
 from threading import Lock
 
 import torch
@@ -50,6 +52,35 @@ class BasisRecord:
             self._latest.setdefault(sigma, {})[block, uuid, tuple(frames)] = keys.to(intermediate_device())
             if len(self._latest) > 2:
                 del self._latest[next(iter(self._latest))]
+
+    def state(self, level: int) -> tuple[dict, dict[str, Tensor]]:
+        """What was recorded at a level, as JSON and tensors: what `restore` takes."""
+        document, tensors = {"grouped": self.grouped, "found": [], "latest": []}, {}
+        for (block, at), (rank, first_frame, keys, values) in self.found.items():
+            if at == level:
+                document["found"].append([block, rank, first_frame])
+                tensors |= {f"keys.{block}": keys, f"values.{block}": values}
+        latest = [found for sigma, found in self._latest.items() if nearest_level(self.levels, sigma) == level]
+        for number, ((block, uuid, frames), keys) in enumerate(chain(*(found.items() for found in latest))):
+            document["latest"].append([block, self.rank.get(uuid), frames])
+            tensors[f"latest.{number}"] = keys
+        return document, tensors
+
+    def restore(self, level: int, document: dict, read: Callable[[str], Tensor]) -> None:
+        """What another run of the same inputs recorded at a level; the levels below come first.
+
+        Args:
+            read: Gives the tensors by their names.
+        """
+        sigma, uuids = float(self.levels[level]), {rank: uuid for uuid, rank in self.rank.items()}
+        for block, rank, first_frame in document["found"]:
+            keys, values = (read(f"{part}.{block}").to(intermediate_device()) for part in ("keys", "values"))
+            self.found[block, level] = (rank, first_frame, keys, values)
+        if document["grouped"]:
+            self.grouped = True
+            self.found.clear()
+        for number, (block, rank, frames) in enumerate(document["latest"]):
+            self.keep_latest(block, sigma, uuids.get(rank), frames, read(f"latest.{number}"))
 
     def basis(self, frame_ids: tuple[int, ...], total_frames: int, settings: BasisSettings, model: ModelFingerprint) -> Basis:
         """All that was recorded; the record is empty afterwards.

@@ -22,6 +22,7 @@ CONTRACT = {
         [
             "model", "latents", "positive", "basis", "steps", "method", "num_bases", "em_iterations", "seed", "temperature",
             "blocks", "frames_per_em", "frames_per_batch", "trajectory_dtype", "trajectory_on_disk", "warm_iterations",
+            "resume",
         ],
         ["LATENT", "SIGMAS", "STEM_TRAJECTORY", "STEM_BASIS"],
     ),
@@ -55,10 +56,15 @@ CONTRACT = {
         ],
         ["IMAGE"],
     ),
+    "STEMSaveInversion": (["latents", "trajectory", "basis", "filename_prefix"], ["STRING"]),
+    "STEMLoadInversion": (["file"], ["LATENT", "SIGMAS", "STEM_TRAJECTORY", "STEM_BASIS"]),
+    "STEMSaveBasis": (["basis", "filename_prefix"], ["STRING"]),
+    "STEMLoadBasis": (["file"], ["STEM_BASIS"]),
 }  # fmt: skip
 DEFAULTS = {
     "steps": 50, "num_bases": 256, "em_iterations": 5, "keyframes": 16, "seed": 0, "temperature": 0.01, "method": "stem",
     "frames_per_em": 0, "frames_per_batch": 0, "trajectory_dtype": "float32", "trajectory_on_disk": False, "warm_iterations": 0,
+    "resume": "",
     "start_percent": 0.0, "end_percent": 1.0, "frames": 16, "size": 128,
     "blocks": "all", "colour": "random", "shape": "random", "background": "random",
     "mode": "pnp", "keyframe_every": 8, "qk_until": 0.5, "conv_until": 0.8, "blend": "official",
@@ -68,9 +74,11 @@ DEFAULTS = {
     "joint_norm": False, ("STEMFateZero", "blocks"): "input_4-8, middle, output_0-8", "blend_timing": "official",
     "block": "output_8", "noise_level": 0.5, "opacity": 0.7, "head": 0,
     "label_1": "source", "label_2": "edit", "label_3": "", "label_4": "", "columns": 0,
+    ("STEMSaveInversion", "filename_prefix"): "stem/inversion", ("STEMSaveBasis", "filename_prefix"): "stem/basis",
 }  # fmt: skip
 ADVANCED = {
     "temperature", "blocks", "frames_per_em", "frames_per_batch", "trajectory_dtype", "trajectory_on_disk", "warm_iterations",
+    "resume",
     "blend", ("STEMTokenFlow", "keyframes"), "context", "min_channels",
     "joint_norm", "blend_timing", "head",
 }  # fmt: skip
