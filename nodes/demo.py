@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..stem.scenes import BACKGROUNDS, COLOURS, SHAPES, caption, random_scene, render
-from .bridge.demo_model import load_demo_model
+from .bridge.demo_model import load_demo_controlnet, load_demo_model
 from .settings import CATEGORY, named
 
 RANDOM = "random"
@@ -80,4 +80,29 @@ class STEMDemoClip(io.ComfyNode):
         return io.NodeOutput(clip.images, clip.mask, caption(scene))
 
 
-NODES = [STEMDemoModel, STEMDemoClip]
+class STEMDemoControlNet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="STEMDemoControlNet",
+            display_name="STEM Demo ControlNet",
+            category=f"{CATEGORY}/demo",
+            description="A small ControlNet for the STEM Demo Model that ships with this pack. It reads the edges that Canny "
+            "finds in a clip and keeps the outline of the main shape while a prompt changes the rest. Connect it to "
+            "Apply ControlNet.",
+            search_aliases=["demo controlnet", "demo control net", "controlnet", "canny", "edges", "outline"],
+            inputs=[],
+            outputs=[
+                io.ControlNet.Output(
+                    display_name="control_net",
+                    tooltip="For Apply ControlNet; its image is what Canny finds. Works with the demo model only.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(load_demo_controlnet())
+
+
+NODES = [STEMDemoModel, STEMDemoClip, STEMDemoControlNet]

@@ -1,4 +1,4 @@
-"""The small checkpoint that ships with the pack, as the three objects that every stock node accepts.
+"""The small checkpoint that ships with the pack, as the three objects that every stock node accepts, and its ControlNet.
 
 SD1.5's block layout at a small width: ComfyUI's own UNetModel with 64 base channels, a text encoder of CLIP's type with 64
 channels behind the SD1 tokenizer, and a TAESD. Core normalises in 32 groups: with 32 base channels each channel would be a
@@ -7,10 +7,14 @@ group of its own, the mean over the picture would be lost before the last layer,
 token embedding: it holds the rows of the words that were trained (`token_ids`), all others are zero.
 """
 
+from functools import cache
 from pathlib import Path
 
+import comfy.cldm.cldm
+import comfy.controlnet
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models
@@ -20,6 +24,7 @@ import torch
 from torch import Tensor
 
 CHECKPOINT = Path(__file__).parents[1] / "demo_model.safetensors"
+CONTROLNET = CHECKPOINT.with_name("demo_controlnet.safetensors")
 UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 TOKEN_EMBEDDING = TEXT_PREFIX + "transformer.text_model.embeddings.token_embedding.weight"
 TOKEN_IDS = TEXT_PREFIX + "token_ids"
@@ -110,16 +115,58 @@ def load_demo_unet(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPa
     return patcher
 
 
+def load_demo_controlnet() -> comfy.controlnet.ControlNet:
+    """The ControlNet for edges, an object of its own at every call; the weights are read once.
+
+    Raises:
+        FileNotFoundError: The file is not there, as in a clone without its large files.
+    """
+    return _shared_controlnet().copy()
+
+
+def new_controlnet(dtype: torch.dtype, operations=comfy.ops.disable_weight_init, device="cpu") -> comfy.cldm.cldm.ControlNet:
+    """Core's ControlNet of the demo UNet's sizes, for hints of three channels; its weights are not set.
+
+    In the middle, at 2 x 2 places, it has a residual block alone: attention has nothing to tell apart there, and the file is
+    1.4 MB smaller.
+    """
+    sizes = {k: v for k, v in UNET_CONFIG.items() if k not in ("out_channels", "transformer_depth_output")}
+    sizes["transformer_depth_middle"] = -1
+    return comfy.cldm.cldm.ControlNet(**sizes, hint_channels=3, dtype=dtype, operations=operations, device=device)
+
+
+@cache
+def _shared_controlnet() -> comfy.controlnet.ControlNet:
+    """As core loads a ControlNet of SD1.5, whose sizes it would not recognise in this one."""
+    state = _read(CONTROLNET, "STEMDemoControlNet")
+    management = comfy.model_management
+    device = management.get_torch_device()
+    dtype = management.unet_dtype(
+        model_params=-1,
+        supported_dtypes=list(DemoModelConfig.supported_inference_dtypes),
+        weight_dtype=comfy.utils.weight_dtype(state),
+    )
+    cast = management.unet_manual_cast(dtype, device)
+    net = new_controlnet(dtype, comfy.ops.pick_operations(dtype, cast), management.unet_offload_device())
+    net.load_state_dict(state)
+    return comfy.controlnet.ControlNet(net, load_device=device, manual_cast_dtype=cast)
+
+
 def _read_checkpoint() -> dict[str, Tensor]:
     """All weights under an SD1 checkpoint's names, the token embedding spread to the whole vocabulary."""
-    if not CHECKPOINT.is_file():
-        raise FileNotFoundError(
-            f"STEMDemoModel: {CHECKPOINT.name} is missing in {CHECKPOINT.parent}. It belongs to the pack: install the "
-            "pack again, or clone its repository with all files."
-        )
-    state = comfy.utils.load_torch_file(str(CHECKPOINT), safe_load=True)
+    state = _read(CHECKPOINT, "STEMDemoModel")
     rows, ids = state.pop(TOKEN_EMBEDDING), state.pop(TOKEN_IDS)
     table = torch.zeros(VOCABULARY, rows.shape[1], dtype=rows.dtype)
     table[ids.long()] = rows
     state[TOKEN_EMBEDDING] = table
     return state
+
+
+def _read(path: Path, node: str) -> dict[str, Tensor]:
+    """The weights in a file of the pack."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{node}: {path.name} is missing in {path.parent}. It belongs to the pack: install the "
+            "pack again, or clone its repository with all files."
+        )
+    return comfy.utils.load_torch_file(str(path), safe_load=True)

@@ -11,6 +11,7 @@ from tools import places
 CONTRACT = {
     "STEMDemoModel": ([], ["MODEL", "CLIP", "VAE"]),
     "STEMDemoClip": (["seed", "frames", "size", "colour", "shape", "background"], ["IMAGE", "MASK", "STRING"]),
+    "STEMDemoControlNet": ([], ["CONTROL_NET"]),
     "STEMBasisEstimate": (
         [
             "model", "latents", "positive", "steps", "num_bases", "em_iterations", "keyframes", "seed", "temperature", "blocks",

@@ -46,6 +46,7 @@ def node(class_type: str, **inputs) -> Graph:
         ("edit", {"source", "edit"}, SIZE, None),
         ("tokenflow", {"source", "edit"}, SIZE, None),
         ("fatezero", {"source", "edit"}, SIZE, None),
+        ("controlnet", {"source", "edges", "edit"}, SIZE, None),
         ("long_clip", {"source", "autoencoder", "reconstruction"}, SIZE, 30),
         ("real_clip", {"source", "autoencoder", "reconstruction"}, 2 * SIZE, 22.5),
     ],
