@@ -1,4 +1,4 @@
-"""How near a clip is to another, and how steady it is: PSNR, SSIM, flicker along the motion.
+"""How near a clip is to another, and how steady it is: PSNR, SSIM, overlap of masks, flicker along the motion.
 
 Images are as in ComfyUI, (f, height, width, c) in 0..1; masks (f, height, width) weigh pixels, 1 counts and 0
 does not. A flow (f - 1, height, width, 2) says for every pixel of frame f how far, in pixels to the right and
@@ -38,6 +38,25 @@ def ssim(images: Tensor, reference: Tensor, mask: Tensor | None = None) -> float
     images, reference = (rearrange(x, "f height width c -> f c height width") for x in (images, reference))
     similarity = kornia.metrics.ssim(images, reference, window_size=11)
     return float(_mean(rearrange(similarity, "f c height width -> f height width c"), mask))
+
+
+def iou(masks: Tensor, reference: Tensor) -> Tensor:
+    """Intersection over union of every frame's mask with the reference's, (f,); 1 where both are empty.
+
+    Args:
+        masks, reference: (f, height, width); what is above 0.5 is in the mask.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if masks.shape != reference.shape or masks.ndim != 3:
+        raise ValueError(
+            f"the masks have the shapes {tuple(masks.shape)} and {tuple(reference.shape)}; give two of one shape, "
+            "(frames, height, width)."
+        )
+    one, other = masks > 0.5, reference > 0.5
+    both, any_of_them = (reduce(m.float(), "f height width -> f", "sum") for m in (one & other, one | other))
+    return torch.where(any_of_them > 0, both / any_of_them.clamp(min=1), torch.ones_like(both))
 
 
 def flicker(images: Tensor, flow: Tensor, valid: Tensor | None = None) -> float:

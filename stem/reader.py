@@ -57,13 +57,29 @@ def read_images(images: Tensor) -> list[Reading]:
     Raises:
         ValueError: not such a tensor, or no picture in it.
     """
+    return [_read(image)[0] for image in _pictures(images)]
+
+
+def main_figures(images: Tensor) -> Tensor:
+    """Where each picture shows its main figure, (f, height, width) of 0 and 1; nowhere if it shows none.
+
+    Args:
+        images: (f, height, width, 3) in 0..1.
+
+    Raises:
+        ValueError: not such a tensor, or no picture in it.
+    """
+    return torch.stack([_read(image)[1] for image in _pictures(images)]).float()
+
+
+def _pictures(images: Tensor) -> Tensor:
     if images.ndim != 4 or 0 in images.shape or images.shape[-1] != 3:
         raise ValueError(f"images have the shape {tuple(images.shape)}; give (frames, height, width, 3).")
-    return [_read(image) for image in images.detach().cpu().float()]
+    return images.detach().cpu().float()
 
 
-def _read(image: Tensor) -> Reading:
-    """What one picture (height, width, 3) shows."""
+def _read(image: Tensor) -> tuple[Reading, Tensor]:
+    """What one picture (height, width, 3) shows, and the region (height, width) of its main figure."""
     height, width = image.shape[:2]
     smallest = SMALLEST_FIGURE * min(height, width) ** 2
     to_grounds = torch.stack([_distance(image, low, high) for low, high in map(torch.tensor, BACKGROUNDS.values())])
@@ -78,8 +94,8 @@ def _read(image: Tensor) -> Reading:
     regions = [_largest_region(nearest == i) for i in range(1, len(names) + 1)]
     colour, region = max(zip(names, regions, strict=True), key=lambda found: found[1].sum(), default=(None, None))
     if colour is None or region.sum() < smallest:
-        return Reading(None, None, background)
-    return Reading(colour, _shape(region), background)
+        return Reading(None, None, background), torch.zeros(height, width, dtype=torch.bool)
+    return Reading(colour, _shape(region), background), region
 
 
 def _background(to_grounds: Tensor, to_colours: Tensor) -> str | None:

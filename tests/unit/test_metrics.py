@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stem.metrics import estimate_flow, flicker, psnr, psnr_per_frame, ssim, warp
+from stem.metrics import estimate_flow, flicker, iou, psnr, psnr_per_frame, ssim, warp
 
 
 def texture(height=64, width=64, frames=1, motion=(0.0, 0.0)):
@@ -88,6 +88,21 @@ def test_ssim_of_a_negative_is_below_that_of_little_noise():
     clip = texture()
     noise = 0.02 * torch.randn(clip.shape, generator=torch.Generator().manual_seed(0))
     assert ssim(1 - clip, clip) < 0 < 0.8 < ssim(clip + noise, clip) < 1
+
+
+def test_overlap_of_shifted_squares_is_known():
+    masks = torch.zeros(3, 16, 16)
+    masks[:2, 4:12, 2:10] = 1
+    reference = torch.zeros(3, 16, 16)
+    reference[0, 4:12, 2:10] = 1
+    reference[1, 4:12, 6:14] = 1
+    assert iou(masks, reference).tolist() == pytest.approx([1, 32 / 96, 1])  # the last has nothing in both
+    assert iou(masks[:1], reference[2:]).tolist() == [0]
+
+
+def test_masks_of_different_shapes_are_told_by_the_overlap():
+    with pytest.raises(ValueError, match=r"\(2, 4, 4\) and \(2, 4, 5\); give two of one shape"):
+        iou(torch.ones(2, 4, 4), torch.ones(2, 4, 5))
 
 
 def test_warp_reads_along_the_flow_to_the_right_and_down():

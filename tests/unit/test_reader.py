@@ -8,7 +8,8 @@ import pytest
 import torch
 from einops import rearrange
 
-from stem.reader import Reading, read_clip, read_images
+from stem.metrics import iou
+from stem.reader import Reading, main_figures, read_clip, read_images
 from stem.scenes import BACKGROUNDS, COLOURS, SHAPES, edit_scene, random_scene, render
 
 
@@ -54,6 +55,15 @@ def test_every_colour_is_told_on_every_background(colour, background):
     assert read_images(torch.cat([render(scene).images for scene in scenes])) == [truth(scene) for scene in scenes]
 
 
+@pytest.mark.parametrize("seen_as", [lambda x: x, blurred], ids=["sharp", "blurred"])
+def test_the_main_figure_is_where_the_scene_has_it(seen_as):
+    scenes = [random_scene(60_000 + i, frames=9, figures=1 + i % 2) for i in range(40)]
+    clips = [render(scene, [i % 9]) for i, scene in enumerate(scenes)]
+    images, masks = (torch.cat(each) for each in zip(*((clip.images, clip.mask) for clip in clips), strict=True))
+    overlap = iou(main_figures(seen_as(images)), masks)
+    assert overlap.mean() > 0.9 and overlap.min() > 0.6, overlap
+
+
 @pytest.mark.parametrize("size", [(96, 96), (256, 256), (128, 304)])
 def test_other_sizes_are_read_too(size):
     for seed in range(4):
@@ -74,6 +84,7 @@ def test_background_without_a_figure(background):
     scene = random_scene(1, frames=1, background=background)._replace(figures=())
     for images in (render(scene).images, blurred(render(scene).images)):
         assert read_clip(images) == Reading(None, None, background)
+        assert not main_figures(images).any()
 
 
 def test_pictures_of_something_else_are_not_read():
