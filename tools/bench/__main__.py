@@ -6,12 +6,25 @@ from pathlib import Path
 import torch
 
 from tools import places
-from tools.bench import bases, edit, em, em_options, estimates, inversion, inversion_cost, keyframes, report, scale
+from tools.bench import (
+    bases,
+    controlnet,
+    edit,
+    em,
+    em_options,
+    estimates,
+    inversion,
+    inversion_cost,
+    keyframes,
+    report,
+    scale,
+)
 
 BENCHMARKS = {
     "inversion": inversion.run,
     "bases": bases.run,
     "edit": edit.run,
+    "controlnet": controlnet.run,
     "estimates": estimates.run,
     "em": em.run,
     "em-options": em_options.run,
