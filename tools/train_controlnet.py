@@ -31,7 +31,7 @@ FIRST_SEED = 5 * TRAINING_SEEDS  # none of the scenes that the UNet was trained 
 PICTURES, LEVELS = 8, 3  # in a batch, and at how many noise levels each of them: the features of its edges are found once
 POOL, REFRESH = 640, 1  # samples at hand, and how many of them are new at every step
 TOGETHER = 4  # samples whose edges are found with the same thresholds
-DEFAULT_THRESHOLDS = (0.4, 0.8)  # of core's node
+THRESHOLDS = (0.1, 0.2)  # those of core's node, 0.4 and 0.8, find no edges of a shape as bright as what it is on
 HEAVIEST = 25  # weight of the highest noise levels in the loss, the middle ones having 1: outlines are decided there
 AUXILIARY = 0.1  # weight of the loss that tells where the shape is
 AVERAGE = 0.997  # decay of the averaged weights
@@ -104,10 +104,10 @@ def wordings(scene, seed: int) -> list[str]:
 
 
 def thresholds(g: torch.Generator) -> tuple[float, float]:
-    """Those of core's Canny node by default, or others."""
+    """Those that suit the scenes, or others up to those of core's Canny node."""
     own, low, gap = torch.rand(3, generator=g).tolist()
-    low = 0.15 + 0.35 * low
-    return DEFAULT_THRESHOLDS if own < 0.5 else (low, low + 0.1 + 0.4 * gap)
+    low = 0.05 + 0.35 * low
+    return THRESHOLDS if own < 0.5 else (low, low + 0.05 + 0.35 * gap)
 
 
 def find_edges(images: Tensor, low: float, high: float) -> Tensor:
