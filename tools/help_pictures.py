@@ -131,6 +131,9 @@ PICTURES = {
     "STEMPatchModel": Picture(patched, {"source": "source", "without this node": "plain", "with this node": "reconstruction"}),
     "STEMTokenFlow": Picture(lambda: load_graph("tokenflow", STEPS), {"source": "source", "a blue star on grass": "edit"}),
     "STEMFateZero": Picture(lambda: load_graph("fatezero", STEPS), {"source": "source", "a blue star on grass": "edit"}),
+    "STEMDemoControlNet": Picture(
+        lambda: load_graph("controlnet", STEPS), {"source": "source", "its edges": "edges", "a blue star on sand": "edit"}
+    ),
     "STEMBasisPreview": Picture(compared, {"source": "source", "bases": "painted"}),
     "STEMInversionReport": Picture(compared, {"source": "source", "sampled back": "reconstruction"}),
     "STEMCompareVideos": Picture(compared, {"source": "source", "stem": "reconstruction", "ddim": "ddim"}),

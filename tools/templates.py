@@ -124,6 +124,24 @@ TEMPLATES = {
         f"{own_video('the text field of step 2')}\n\n"
         "**Out of memory?** Lower *frames_per_batch* or *keyframes*; for the sampler add *Context Windows*.",
     ),
+    "Edit with ControlNet": Template(
+        "controlnet",
+        {
+            **CLIP_AND_MODEL,
+            **INVERSION,
+            "3. Edges": [["control_net", "canny", "edges"]],
+            "4. Edit by prompt": [["edited", "negative"], ["apply", "patch", "euler"], ["sample"]],
+            "5. Result": EDITED,
+        },
+        "## Edit with ControlNet\n\nThe clip is inverted with the prompt that describes it (**2**). The edges of its frames "
+        "(**3**) hold the outline while it is sampled with the prompt that describes the edit (**4**), so that much may "
+        "change and the shape stays.\n\n"
+        f"{own_video('the text field of step 2', raised(5))} Put *Load ControlNet Model* with a canny ControlNet of the same "
+        "model family in place of *STEM Demo ControlNet*.\n\n"
+        "**The shape is lost?** Raise *strength*, or lower the thresholds of *Detect Edges (Canny)* until the edges show it. "
+        "**Too much of the source is left?** Lower *strength* or *end_percent*.",
+        thumbnail=("source", "edges", "edit"),
+    ),
     "FateZero edit": Template(
         "fatezero",
         {

@@ -34,7 +34,7 @@ def encoded(demo, texts):
 
 
 def edges_of(images):
-    return Canny.execute(images, 0.1, 0.2).result[0]  # with core's own thresholds half of the shapes have no edges
+    return Canny.execute(images, 0.2, 0.4).result[0]  # with core's own thresholds half of the shapes have no edges
 
 
 def sampled(demo, texts, net=None, edges=None, strength=1.0, steps=STEPS, seed=5):
