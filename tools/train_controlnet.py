@@ -125,7 +125,8 @@ def build(demo, unet: nn.Module) -> nn.Module:
             nn.Conv2d.reset_parameters(module)  # the one of core's subclass does nothing
     copied = unet.state_dict()
     left = net.load_state_dict({k: v for k, v in copied.items() if k in net.state_dict()}, strict=False).missing_keys
-    assert all(key.startswith(("zero_convs", "middle_block_out", "input_hint_block")) for key in left), left
+    if unknown := [key for key in left if not key.startswith(("zero_convs", "middle_block_out", "input_hint_block"))]:
+        raise ValueError(f"the UNet has no weights for {', '.join(unknown)}.")
     convolutions = [module for module in net.input_hint_block if isinstance(module, nn.Conv2d)]
     for convolution in convolutions:
         nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
