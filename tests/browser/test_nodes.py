@@ -1,16 +1,29 @@
 """What the page tells of our nodes: help, search by other names, errors where they belong."""
 
+import io
 import json
+import re
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Locator
 
 from tools import places
+from tools.server import GraphInterrupted
 from tools.templates import FOLDER
 
 HELP = places.ROOT / "web" / "docs" / "STEMInvertLatents.md"
 BLUEPRINTS = sorted(path.stem for path in (places.ROOT / "subgraphs").glob("*.json"))
 CENTRE = (960, 540)  # of the page
+KEEP_PICTURES = """() => {  // the front end lets go of a preview as soon as it is on the screen
+    window.pictures = {};
+    const usual = URL.createObjectURL;
+    URL.createObjectURL = picture => {
+        const address = usual.call(URL, picture);
+        pictures[address] = picture;
+        return address;
+    };
+}"""
 
 
 def workflow() -> dict:
@@ -74,6 +87,31 @@ def test_help_panel_shows_the_page_of_a_node(front_end):
     picture = page.locator("img").first.element_handle()
     front_end.wait("image => image.naturalWidth > 0", picture)
     front_end.screenshot("help")
+
+
+def test_a_running_inversion_shows_the_moving_clip_and_its_level(front_end, server):
+    front_end.set("Comfy.Execution.PreviewMethod", "latent2rgb")
+    front_end.load(workflow())
+    front_end.render(modern=True)
+    front_end.set_widgets({"steps": 300, "frames": 10, "size": 64})
+    number = number_of("STEMInvertLatents")
+    front_end.show(number)
+    front_end.ask(KEEP_PICTURES)
+    prompt_id = front_end.run()
+    try:
+        node = front_end.page.locator(f'[data-node-id="{number}"]')
+        preview = node.get_by_alt_text("Live sampling preview")
+        preview.wait_for()
+        node.get_by_text(re.compile(r"level \d+ of 300 \(sigma [\d.]+\), \d+:\d\d left")).wait_for()
+        data = bytes(preview.evaluate("async image => [...new Uint8Array(await pictures[image.src].arrayBuffer())]"))
+        front_end.screenshot("running")
+    finally:
+        server.interrupt(prompt_id)
+        front_end.set("Comfy.Execution.PreviewMethod", "default")
+    with pytest.raises(GraphInterrupted):
+        server.wait(prompt_id)
+    with Image.open(io.BytesIO(data)) as image:
+        assert (image.format, image.n_frames) == ("PNG", 8)
 
 
 @pytest.mark.parametrize("modern", [False, True], ids=["classic", "modern"])
