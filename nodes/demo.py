@@ -95,7 +95,8 @@ class STEMDemoControlNet(io.ComfyNode):
             outputs=[
                 io.ControlNet.Output(
                     display_name="control_net",
-                    tooltip="For Apply ControlNet; its image is what Canny finds. Works with the demo model only.",
+                    tooltip="For Apply ControlNet; its image is what Canny finds, at thresholds of 0.2 and 0.4 or lower. Works "
+                    "with the demo model only.",
                 ),
             ],
         )

@@ -36,7 +36,7 @@ class STEMBasisPreview(io.ComfyNode):
                     "block",
                     default="output_8",
                     tooltip='The self-attention block to look into, such as "input_4", "middle_0" or "output_8". The basis '
-                    "needs to hold it. Blocks further out have finer patches.",
+                    "needs to hold it. Blocks further out have finer patches; on SDXL they end at output_5.",
                 ),
                 io.Float.Input(
                     "noise_level",
@@ -128,7 +128,7 @@ class STEMInversionReport(io.ComfyNode):
         with named(cls):
             source, reconstruction = (images[..., :3].float() for images in (source, reconstruction))
             check_clips(trajectory, source, reconstruction)
-            figures = measure(trajectory, source, reconstruction, per_frame(2 * len(source) + len(trajectory.sigmas)))
+            figures = measure(trajectory, source, reconstruction, per_frame(2 * len(source) - 1 + len(trajectory.sigmas)))
         return io.NodeOutput(inversion_chart(figures), inversion_text(figures))
 
 
@@ -179,7 +179,9 @@ class STEMCompareVideos(io.ComfyNode):
     ) -> io.NodeOutput:
         pairs = zip((images_1, images_2, images_3, images_4), (label_1, label_2, label_3, label_4), strict=True)
         clips, labels = zip(*((clip, label) for clip, label in pairs if clip is not None), strict=True)
-        return io.NodeOutput(compare_clips(clips, labels, columns))
+        frames = max(len(clip) for clip in clips)
+        with named(cls):
+            return io.NodeOutput(compare_clips(clips, labels, columns, per_frame(frames)))
 
 
 NODES = [STEMBasisPreview, STEMInversionReport, STEMCompareVideos]

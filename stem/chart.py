@@ -90,9 +90,15 @@ class Pen:
         self.draw.ellipse([*_fine((x - radius, y - radius)), *_fine((x + radius, y + radius))], colour)
 
 
-def ticks(low: float, high: float, most: int = 4) -> list[float]:
-    """Round numbers from low to high, at most so many and one more: multiples of 1, 2 or 5 times a power of ten."""
-    raw = (high - low) / most
+def ticks(low: float, high: float, most: int = 4, least: float = 0.0) -> list[float]:
+    """Round numbers from low to high, at most so many and one more: multiples of 1, 2 or 5 times a power of ten.
+
+    Args:
+        low, high: Ends of the axis.
+        most: How many steps there may be.
+        least: Step that is the smallest.
+    """
+    raw = max((high - low) / most, least)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
     return [step * i for i in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)]
@@ -130,7 +136,7 @@ def _draw_panel(pen: Pen, panel: Panel, top: float) -> None:
         y = at(first, level)[1]
         pen.line((left, y), (right, y), colour=GRID)
         pen.text((left - 14, y), _number(level, levels), PALE, "rm")
-    for place in ticks(float(panel.x[0]), float(panel.x[-1]), 6) if half == 0 or len(panel.x) > 1 else [float(panel.x[0])]:
+    for place in ticks(float(panel.x[0]), float(panel.x[-1]), 6, 1.0) if half == 0 or len(panel.x) > 1 else [float(panel.x[0])]:
         pen.text((at(place, low)[0], bottom + 10), f"{place:g}", PALE, "ma")
     if panel.bars is not None:
         for x, height, colour in zip(panel.x.tolist(), *(part.tolist() for part in panel.bars), strict=True):

@@ -1,6 +1,6 @@
 """Clips beside each other, each under its name."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
@@ -22,7 +22,9 @@ FONTS = (
 LEAST_BAND = 28  # height of a strip in pixels
 
 
-def compare_clips(clips: Sequence[Tensor], labels: Sequence[str], columns: int = 0) -> Tensor:
+def compare_clips(
+    clips: Sequence[Tensor], labels: Sequence[str], columns: int = 0, done: Callable[[], None] = lambda: None
+) -> Tensor:
     """Clips in a grid, (f, height, width, 3) with an even height and width, on the CPU.
 
     All are scaled to the height of the first. Shorter ones hold their last frame. The names stand in strips above the
@@ -32,6 +34,7 @@ def compare_clips(clips: Sequence[Tensor], labels: Sequence[str], columns: int =
         clips: (f, height, width, 3) each, 0..1.
         labels: One for each; "" for none.
         columns: Clips in a row; 0 for all.
+        done: Called once for each frame; a host can raise from it to cancel.
     """
     columns = min(columns or len(clips), len(clips))
     height = clips[0].shape[1]
@@ -52,10 +55,11 @@ def compare_clips(clips: Sequence[Tensor], labels: Sequence[str], columns: int =
             _write(sheet, label, left, top, width, band)
     empty = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8).reshape(*size, 3) / 255
     out = empty.expand(frames, *size, 3).clone()
-    for clip, (top, left), width in zip(clips, places, widths, strict=True):
-        for number in range(frames):
-            picture = _scaled(clip[min(number, len(clip) - 1)], height, width)
-            out[number, top + band : top + band + height, left : left + width] = picture
+    for number in range(frames):
+        for clip, (top, left), width in zip(clips, places, widths, strict=True):
+            area = (slice(top + band, top + band + height), slice(left, left + width))
+            out[number][area] = _scaled(clip[number], height, width) if number < len(clip) else out[number - 1][area]
+        done()
     return out
 
 

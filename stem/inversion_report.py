@@ -67,7 +67,7 @@ def measure(
     Args:
         trajectory: Of the clip.
         source, reconstruction: (f, height, width, 3), 0..1.
-        done: Called 2 f + t + 1 times, or fewer; a host can raise from it to cancel.
+        done: Called 2 f - 1 + t + 1 times; a host can raise from it to cancel.
     """
     similar = []
     for one, other in zip(reconstruction.split(1), source.split(1), strict=True):

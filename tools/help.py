@@ -29,9 +29,9 @@ def tables(schema: Any) -> str:
     parts = []
     if schema.inputs:
         rows = [_input_row(schema.node_id, given) for given in schema.inputs]
-        parts.append(_table("### Inputs", ("input", "type", "default", "range", "what it is"), rows))
-    rows = [(f"`{given.display_name}`", given.get_io_type(), _plain(given.tooltip)) for given in schema.outputs]
-    parts.append(_table("### Outputs", ("output", "type", "what it is"), rows))
+        parts.append(_table("### Inputs", ("input", "what it is", "type", "default", "range"), rows))
+    rows = [(f"`{given.display_name}`", _plain(given.tooltip), given.get_io_type()) for given in schema.outputs]
+    parts.append(_table("### Outputs", ("output", "what it is", "type"), rows))
     return "\n\n".join(parts)
 
 
@@ -45,7 +45,7 @@ def _input_row(node: str, given: Any) -> tuple[str, ...]:
     marks = [mark for mark in ("optional", "advanced") if told.get(mark)]
     name = f"`{given.id}`" + (f" ({', '.join(marks)})" if marks else "")
     range_ = _range(told, (node, given.id) in FROM_FILES)
-    return name, given.get_io_type(), _default(told), range_, _plain(told.get("tooltip", ""))
+    return name, _plain(told.get("tooltip", "")), given.get_io_type(), _default(told), range_
 
 
 def _default(told: dict[str, Any]) -> str:

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from torchvision.transforms.functional import to_pil_image
+
 from tools import places, processes
 from tools.demo import FPS, PATIENCE, load_graph, run
 from tools.help import FOLDER
@@ -26,7 +28,7 @@ LONG = 3  # of a long clip every third frame is shown
 
 class Picture(NamedTuple):
     graph: Callable[[], Graph]
-    clips: dict[str, str]  # caption -> node id of a PreviewImage
+    clips: dict[str, str]  # caption -> node id of a PreviewImage; a single one without a caption is shown as it is
     fps: float = FPS
     every: int = 1  # frames that are shown
     quality: int = 80  # of the file; noise takes much room
@@ -135,7 +137,7 @@ PICTURES = {
         lambda: load_graph("controlnet", STEPS), {"source": "source", "its edges": "edges", "a blue star on sand": "edit"}
     ),
     "STEMBasisPreview": Picture(compared, {"source": "source", "bases": "painted"}),
-    "STEMInversionReport": Picture(compared, {"source": "source", "sampled back": "reconstruction"}),
+    "STEMInversionReport": Picture(compared, {"": "plot"}),
     "STEMCompareVideos": Picture(compared, {"source": "source", "stem": "reconstruction", "ddim": "ddim"}),
     "STEMLoadInversion": Picture(
         edited_twice,
@@ -165,7 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     graph["load"]["inputs"]["file"] = told[0].partition("\n")[0]
                 clips, _ = run(server, graph, name, sys.stderr)
                 chosen = {caption: clips[node][:: picture.every] for caption, node in picture.clips.items()}
-                save_animation(FOLDER / f"{name}.webp", side_by_side(chosen), picture.fps, picture.quality)
+                frames = [to_pil_image(frame.movedim(-1, 0)) for frame in chosen[""]] if "" in chosen else side_by_side(chosen)
+                save_animation(FOLDER / f"{name}.webp", frames, picture.fps, picture.quality)
     except (places.SetupError, ServerError, GraphError, OSError) as error:
         print(f"No more pictures were made. {error}", file=sys.stderr)
         return 1

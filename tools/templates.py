@@ -47,11 +47,13 @@ class Template(NamedTuple):
     charts: tuple[str, ...] = ()  # previews of charts, which need room
 
 
-def own_video(prompt: str, cfg: str = "") -> str:
-    """What to swap for a real model and clip; `prompt` says where the clip's prompt goes, `cfg` what to do with it."""
+def own_video(more: str = "", cfg: str = "", edit: bool = False) -> str:
+    """What to swap for a real model and clip; `more` says where else its prompt goes, `cfg` what to do with cfg."""
     return (
         "**Your own video:** put *Load Checkpoint* (SD1.5, SD2.x or SDXL) in place of *STEM Demo Model*, and *Load Video* with "
-        f"*Get Video Components* in place of *STEM Demo Clip*; write its prompt into {prompt}{cfg}."
+        "*Get Video Components* in place of *STEM Demo Clip*, its *fps* into *Create Video*; a large video goes through "
+        f"*Upscale Image* first (SD1.5 likes 512). Write what is in it into *Source Prompt*{more}"
+        f"{', what should be seen into *Edit Prompt*' if edit else ''}{cfg}."
     )
 
 
@@ -78,7 +80,7 @@ TEMPLATES = {
         "decoding lose without any inversion.\n\n"
         "The sampler adds no noise, takes its SIGMAS from the inversion, and its model reads the inversion's *basis*: what "
         "STEM inverts comes back with STEM attention only.\n\n"
-        f"{own_video('the text field of step 2')}",
+        f"{own_video()}",
     ),
     "Edit by prompt": Template(
         "edit",
@@ -91,7 +93,7 @@ TEMPLATES = {
         "## Edit by prompt\n\nThe clip is inverted with the prompt that describes it (**2**), and sampled again with the "
         "prompt that describes the edit (**3**). This is the plainest edit: only the noise and the bases of the clip hold it "
         "together. *TokenFlow edit* and *FateZero edit* keep more of the source.\n\n"
-        f"{own_video('the text field of step 2', raised(5))}\n\n"
+        f"{own_video(cfg=raised(5), edit=True)}\n\n"
         "**Nothing changes?** Raise cfg. **Too much changes?** Lower it, or change fewer words of the prompt.",
     ),
     "TokenFlow edit": Template(
@@ -105,7 +107,7 @@ TEMPLATES = {
         "## TokenFlow edit\n\nThe clip is inverted with the prompt that describes it (**2**), and sampled again with the "
         "prompt that describes the edit (**3**). STEM TokenFlow edits a few keyframes together and lets all other frames "
         "follow the motion of the source.\n\n"
-        f"{own_video('the text field of step 2', raised(3))}\n\n"
+        f"{own_video(cfg=raised(3), edit=True)}\n\n"
         "**Nothing changes?** Lower *qk_until* and *conv_until*. **The shape is lost?** Raise them.",
     ),
     "Long clip with a fixed basis": Template(
@@ -121,7 +123,7 @@ TEMPLATES = {
         "Against this basis every frame is inverted on its own, *frames_per_batch* at a time (**3**), so memory does not "
         "grow with the length of the clip and there is no seam between batches. The sampler reads the same basis (**4**).\n\n"
         "For an edit, give the sampler a prompt of its own and raise cfg.\n\n"
-        f"{own_video('the text field of step 2')}\n\n"
+        f"{own_video()}\n\n"
         "**Out of memory?** Lower *frames_per_batch* or *keyframes*; for the sampler add *Context Windows*.",
     ),
     "Edit with ControlNet": Template(
@@ -136,7 +138,7 @@ TEMPLATES = {
         "## Edit with ControlNet\n\nThe clip is inverted with the prompt that describes it (**2**). The edges of its frames "
         "(**3**) hold the outline while it is sampled with the prompt that describes the edit (**4**), so that much may "
         "change and the shape stays.\n\n"
-        f"{own_video('the text field of step 2', raised(5))} Put *Load ControlNet Model* with a canny ControlNet of the same "
+        f"{own_video(cfg=raised(5), edit=True)} Put *Load ControlNet Model* with a canny ControlNet of the same "
         "model family in place of *STEM Demo ControlNet*.\n\n"
         "**The shape is lost?** Raise *strength*, or lower the thresholds of *Detect Edges (Canny)* until the edges show it. "
         "**Too much of the source is left?** Lower *strength* or *end_percent*.",
@@ -154,9 +156,9 @@ TEMPLATES = {
         "prompt and the one of the edit, and keeps the source's attention for all words that did not change (**3**). The "
         "sampler needs the same target prompt. With a real checkpoint *blend_words* can keep the edit where a word is, and "
         "*mask* shows what it found.\n\n"
-        f"{own_video('step 2 and into *source_prompt*', raised(3))}\n\n"
-        "**Nothing changes?** Lower *self_until* and *cross_until*, or lower *blend_threshold*. **Too much changes?** Raise "
-        "them.",
+        f"{own_video(' and *source_prompt*', ' and *target_prompt*' + raised(3), edit=True)}\n\n"
+        "**Nothing changes?** Lower *self_until* and *cross_until*; with *blend_words*, lower *blend_threshold* too. **Too "
+        "much changes?** Raise them.",
     ),
     "Compare inversions": Template(
         "compare",
@@ -165,16 +167,17 @@ TEMPLATES = {
             "2. Inversion by STEM and DDIM": [["encode", "positive", "negative"], ["invert", "invert_ddim"]],
             "3. Sampling back": [["patch", "euler"], ["sample", "sample_ddim"], ["decode", "decode_ddim", "roundtrip"]],
             "4. Side by side": [["compare", "compared"], ["video", "save"]],
-            "5. Reports and bases": [["report", "plot"], ["report_ddim", "plot_ddim"], ["view", "painted", "chart"]],
+            "5. Reports and bases": [["report", "plot"], ["report_ddim", "plot_ddim"], ["view", "painted"], ["chart"]],
         },
         "## Compare inversions\n\nThe clip is inverted twice, by STEM and by plain DDIM (**2**), and sampled back from both "
         "noises (**3**). Side by side (**4**) they look nearly alike; the reports (**5**) tell them apart: they measure "
         "against what the VAE alone gives back, so that only the inversion counts. *Bases* paints every patch in the colour "
         "of the basis that explains it.\n\n"
-        "For other ways change *method* in *Invert by DDIM*.\n\n"
-        f"{own_video('the text field of step 2')}",
+        "For other ways change *method* in *Invert by DDIM*. On SDXL give *STEM Basis Preview* another *block*, such as "
+        "output_5.\n\n"
+        f"{own_video()}",
         thumbnail=("compared",),
-        charts=("plot", "plot_ddim"),
+        charts=("plot", "plot_ddim", "chart"),
     ),
 }
 

@@ -4,12 +4,14 @@ import pytest
 import safetensors.torch
 import torch
 from comfy.controlnet import ControlNet
+from comfy.samplers import sampler_object
 from comfy_extras.nodes_canny import Canny
+from comfy_extras.nodes_custom_sampler import SamplerCustom
 
 import nodes as core
 from stem.metrics import iou
 from stem.reader import main_figures
-from stem.scenes import caption, random_scene, render
+from stem.scenes import caption, edit_scene, random_scene, render
 
 FIRST_SEED = 600_000  # of the scenes; training begins at tools.training_data.TRAINING_SEEDS
 SCENES, STEPS, CFG = 8, 10, 5.0
@@ -117,3 +119,23 @@ def test_strength_zero_in_the_controlnet_itself_is_none(demo, net, scenes):
         positive, negative = ([[text, options]] for [[text, _]] in (encoded(demo, prompts), encoded(demo, ["", ""])))
         found += core.KSampler().sample(demo[0], 5, 2, CFG, "ddim", "simple", positive, negative, empty)
     assert torch.equal(*(latents["samples"] for latents in found))
+
+
+def test_an_edit_of_an_inverted_clip_keeps_its_outline(pack, demo, net):
+    """As in the template: inversion, STEM attention on its basis, and the edges on the prompts of the edit."""
+    scene = random_scene(FIRST_SEED + 5, frames=4, figures=1)
+    clip, nodes = render(scene), pack.nodes
+    words = [caption(edit_scene(scene, colour=colour)) for colour in (scene.figures[0].colour, "blue")]
+    source, edited, negative = (encoded(demo, [text]) for text in (*words, ""))
+    latents = core.VAEEncode().encode(demo[2], clip.images)[0]
+    em = {"num_bases": 64, "em_iterations": 3, "temperature": 0.01, "seed": 0, "blocks": "all"}
+    noise, sigmas, _, basis = nodes.invert.STEMInvertLatents.execute(
+        model=demo[0], latents=latents, positive=source, steps=12, method="stem", frames_per_em=0, **em
+    ).result
+    model = nodes.patch.STEMPatchModel.execute(model=demo[0], basis=basis, start_percent=0.0, end_percent=1.0, **em).result[0]
+    held = core.ControlNetApplyAdvanced().apply_controlnet(edited, negative, net, edges_of(clip.images), 1.0, 0.0, 1.0)
+    found = []
+    for positive, other in ((edited, negative), held):
+        out = SamplerCustom.execute(model, False, 0, CFG, positive, other, sampler_object("euler"), sigmas, noise).result[0]
+        found.append(float(iou(main_figures(core.VAEDecode().decode(demo[2], out)[0]), clip.mask).mean()))
+    assert found[1] > 0.7 and found[1] > found[0], found

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from tools import help as pages
+from tools import places
 from tools.help_pictures import PICTURES
 from tools.schemas import schemas
 
@@ -86,7 +87,7 @@ def test_nodes_that_a_page_refers_to_exist(found, written):
 
 def test_inputs_that_a_page_names_exist(found, written):
     """A name in `code` with an underscore is an input or output of some node of the pack, a block, or core's."""
-    known = {"add_noise", "ddim_uniform"}  # of core's samplers
+    known = {"add_noise", "ddim_uniform", "low_threshold", "high_threshold"}  # of core's samplers and Canny
     for schema in found.values():
         known |= {part.display_name for part in schema.outputs}
         for part in schema.inputs:
@@ -137,11 +138,17 @@ def test_tables_tell_all_of_an_input(found):
         next(row for row in rows if row.startswith(f"| `{name}`"))
         for name in ("steps", "method", "warm_iterations", "trajectory_on_disk")
     )
-    assert steps.startswith("| `steps` | INT | `50` | 1 to 999 | Noise levels to climb.")
-    assert method.startswith("| `method` | COMBO | `stem` | `stem`, `ddim`, `first_previous`, `all_frames` | What each")
-    assert warm.startswith("| `warm_iterations` (optional, advanced) | INT | `0` | 0 to 100 | Rounds")
-    assert disk.startswith("| `trajectory_on_disk` (optional, advanced) | BOOLEAN | off |  | Keeps")
-    assert "| `basis` | STEM_BASIS | The bases that were used (method stem), for STEM Patch Model. |" in rows
+    assert steps.startswith("| `steps` | Noise levels to climb.") and steps.endswith(" | INT | `50` | 1 to 999 |")
+    assert method.endswith(" | COMBO | `stem` | `stem`, `ddim`, `first_previous`, `all_frames` |")
+    assert warm.startswith("| `warm_iterations` (optional, advanced) | Rounds") and warm.endswith(" | INT | `0` | 0 to 100 |")
+    assert disk.startswith("| `trajectory_on_disk` (optional, advanced) | Keeps") and disk.endswith(" | BOOLEAN | off |  |")
+    assert "| `basis` | The bases that were used (method stem), for STEM Patch Model. | STEM_BASIS |" in rows
     inputs = pages.tables(found["STEMFateZero"]).partition("### Outputs")[0].strip().splitlines()[2:]
     cells = {len(re.findall(r"(?<!\\)\|", row)) for row in inputs}
     assert cells == {6} and any("\\|" in row for row in inputs), "a sign of tables in a text begins no column"
+
+
+def test_the_readme_has_every_node_in_its_table(found):
+    text = (places.ROOT / "README.md").read_text(encoding="utf-8").partition("## The nodes")[2].partition("\n```")[0]
+    rows = [row.split("|")[1] for row in text.splitlines() if row.startswith("| STEM")]
+    assert sorted(name.strip() for row in rows for name in row.split(",")) == sorted(s.display_name for s in found.values())

@@ -440,7 +440,7 @@ def test_a_disk_that_is_full_is_told(pack, monkeypatch):
 
 def test_half_precision_loses_less_than_half_a_decibel(pack, demo, monkeypatch):
     """Of the model, and of the trajectory that the way back starts from, in what comes back of the demo clip."""
-    vae, images = demo[2], demo_images(pack, 8)
+    vae, images = demo[2], demo_images(pack, 4)
     latents = encode(demo, images)
     found = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

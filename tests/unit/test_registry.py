@@ -3,6 +3,7 @@
 Source of the rules: docs.comfy.org/registry/specifications and publishing.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -40,8 +41,9 @@ def test_all_fields_of_the_registry_are_there(project):
     assert (places.ROOT / about["license"]["file"]).is_file() and (places.ROOT / about["readme"]).is_file()
     assert about["dependencies"] == [], "ComfyUI brings all that the pack needs"
     assert re.fullmatch(r"[a-z0-9-]+", registry["PublisherId"]) and registry["DisplayName"]
-    for field in ("Icon", "Banner"):  # left out until the repository has a public address
-        assert re.fullmatch(r"https://\S+\.png", registry.get(field, "https://x/x.png"))
+    addresses = [about.get("urls", {}).get("Repository"), registry.get("Icon"), registry.get("Banner")]
+    assert all(addresses) or not any(addresses), "all three come with the repository's public address"
+    assert all(address.startswith("https://") for address in filter(None, addresses))
 
 
 def test_the_oldest_comfyui_is_the_one_that_set_up_accepts(project):
@@ -64,15 +66,16 @@ def archive():
 
 
 def test_the_archive_holds_what_runs_and_what_people_see(archive):
-    needed = {"__init__.py", "LICENSE", "README.md", "pyproject.toml", "node_list.json", "nodes/demo_model.safetensors"}
-    for pattern in ("nodes/**/*.py", "stem/*.py", "locales/*/*.json", "web/docs/*", "workflows/*", "subgraphs/*"):
+    needed = {"__init__.py", "LICENSE", "README.md", "pyproject.toml", "node_list.json"}
+    needed |= {"nodes/demo_model.safetensors", "nodes/demo_controlnet.safetensors"}
+    for pattern in ("nodes/**/*.py", "stem/*.py", "locales/*/*.json", "web/docs/*", "workflows/*", "subgraphs/*", "doc/*.md"):
         needed |= {path.relative_to(places.ROOT).as_posix() for path in places.ROOT.glob(pattern) if path.is_file()}
     assert needed <= archive
 
 
 def test_the_archive_holds_nothing_else(archive):
     assert {path.split("/")[0] for path in archive if "/" in path} <= {
-        "nodes", "stem", "locales", "web", "workflows", "subgraphs",
+        "nodes", "stem", "locales", "web", "workflows", "subgraphs", "doc",
     }  # fmt: skip
     assert not [path for path in archive if path.startswith(".") or path == "Makefile"]
 
@@ -119,3 +122,17 @@ def test_a_new_version_on_main_is_published(project):
     assert publish["if"] == f"steps.{version['id']}.outputs.changed == 'true'"
     text = (places.ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert re.findall(r"^version = (.*)", text, re.M) == [f'"{project["project"]["version"]}"'], "the one line that is compared"
+
+
+@pytest.mark.parametrize(("before", "published"), [("", True), ("0" * 40, True), ("HEAD", False)])
+def test_a_run_by_hand_and_a_first_push_are_published_and_an_old_version_is_not(tmp_path, before, published):
+    *_, version, _ = load("publish.yml")["jobs"]["publish"]["steps"]
+    git = [shutil.which("git"), "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x@x"]
+    (tmp_path / "pyproject.toml").write_text('version = "0.1.0"\n', encoding="utf-8")
+    for command in (["init", "-q"], ["add", "pyproject.toml"], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], check=True)
+    output = tmp_path / "output"
+    output.touch()
+    environment = os.environ | {"BEFORE": before, "GITHUB_OUTPUT": str(output)}
+    subprocess.run([shutil.which("bash"), "-e", "-c", version["run"]], cwd=tmp_path, env=environment, check=True)
+    assert output.read_text(encoding="utf-8") == ("changed=true\n" if published else "")
