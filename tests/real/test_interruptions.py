@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import sys
 from itertools import cycle
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import test_tokenflow
 import torch
 from comfy.model_patcher import ModelPatcher
 from models import clip_latents, prompt, tiny_model
+
+from tools.comfy import ALIAS
+from tools.places import ROOT
 
 STEPS, FRAMES = 3, 4
 EM = {"num_bases": 6, "em_iterations": 2, "temperature": 0.1, "seed": 4, "blocks": "all"}
@@ -46,6 +50,13 @@ def folders(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         monkeypatch.setattr(folder_paths, f"{name}_directory", str(tmp_path / name))
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def thawed():
+    """`check` freezes what there is."""
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +115,10 @@ def check(folder, models, point, run, ends=None, ways=(CANCELLED, Failure)):
     """Lets a run end at the first, a middle and the last pass of a point, cancelled and by an error in turn."""
     point.set()
     wanted, passes = [tensor.clone() for tensor in flat(run())], point.passed
-    ends = ends or (1, passes // 2 + 1, passes, passes)
+    ends = ends(passes) if callable(ends) else ends or (1, passes // 2 + 1, passes, passes)
     assert wanted and passes >= 1
+    gc.collect()
+    gc.freeze()  # `living` looks at newer objects alone, which is fast
     there, before, memory = files(folder), [state(model) for model in models], living()
     for end, how in zip(ends, cycle(ways), strict=False):
         point.set(end, how)
@@ -232,3 +245,81 @@ def test_loading(pack, model, folders, monkeypatch):
     usual = archive._read
     monkeypatch.setattr(archive, "_read", lambda *given: (point.reach(), usual(*given))[1])
     check(folders, [model], point, lambda: pack.nodes.files.STEMLoadInversion.execute(file).result, ends=(1, 2), ways=[Failure])
+
+
+# ------------------------------------------------------------------------------------------ at any function of the pack
+
+
+class AtFunctions(Point):
+    """Reached wherever a function of the pack is entered, while it is switched on; the run ends there and then."""
+
+    FOLDERS = tuple(f"{ROOT / folder}/" for folder in ("nodes", "stem"))
+    UNDO = ("__exit__", "<lambda>", "<genexpr>")  # what may run while another error is on its way
+
+    def __enter__(self):
+        self.usual = sys.gettrace()
+        sys.settrace(self.look)
+
+    def __exit__(self, *_):
+        sys.settrace(self.usual)
+
+    def look(self, frame, event, arg):
+        code = frame.f_code
+        if code.co_filename.startswith(self.FOLDERS) and code.co_name not in self.UNDO:
+            self.reach()
+            comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def shared():
+    """What the pack's modules hold for all runs."""
+    return {
+        (name, key): copy.copy(value)
+        for name, module in list(sys.modules.items())
+        if name.startswith(ALIAS)
+        for key, value in vars(module).items()
+        if not key.startswith("__") and isinstance(value, (dict, list, set, int, float, str))
+    }
+
+
+def runs_of(pack, model, what):
+    """Runs that a model and its inversion can be used for, by name."""
+    noise, sigmas, trajectory, basis = invert(pack, model, method="stem")
+    images, files = torch.full((FRAMES, 64, 128, 3), 0.5), pack.nodes.files
+    file = files.STEMSaveInversion.execute(noise, trajectory, "stem/there", basis).result[0]
+
+    def attention():
+        node = pack.nodes.patch.STEMPatchModel
+        patched = node.execute(model=model, start_percent=0.0, end_percent=1.0, **EM).result[0]
+        return test_tokenflow.sample(patched, noise["samples"], sigmas)
+
+    def preview():
+        look = {"block": "output_8", "noise_level": 0.5, "opacity": 0.7, "head": 0}
+        return pack.nodes.see.STEMBasisPreview.execute(model, basis, trajectory, images, **look).result
+
+    return {
+        "stem": lambda: invert(pack, model, method="stem", warm_iterations=1),
+        "on disk": lambda: invert(pack, model, method="ddim", trajectory_on_disk=True),
+        "estimate": lambda: estimate(pack, model),
+        "attention": attention,
+        "tokenflow": lambda: test_tokenflow.sample(
+            test_tokenflow.edit(pack, model, trajectory), noise["samples"], sigmas[:2]
+        ),
+        "preview": preview,
+        "report": lambda: pack.nodes.see.STEMInversionReport.execute(trajectory, images, images.flip(0)).result,
+        "load": lambda: files.STEMLoadInversion.execute(file).result,
+    }[what]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["stem", "on disk", "estimate", "attention", "tokenflow", "preview", "report", "load"])
+def test_anywhere_in_the_pack(pack, model, folders, what, monkeypatch):
+    monkeypatch.setattr(pack.nodes.bridge.progress, "STATUS_EVERY", 0)  # a run enters the same functions however slow it is
+    usual, point = runs_of(pack, model, what), AtFunctions()
+
+    def run():
+        with point:
+            return usual()
+
+    usual()  # what is made once for the process is there
+    before = shared()
+    check(folders, [model], point, run, lambda entered: [1 + share * (entered - 1) // 4 for share in range(5)])
+    assert point.passed > 20 and shared() == before

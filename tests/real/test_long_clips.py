@@ -376,25 +376,6 @@ def test_two_devices_give_what_one_gives(pack, changes):
     assert difference(found, expected) < 1e-4
 
 
-def test_cancelling_between_batches(pack):
-    model, seen = rows_of(tiny_model())
-    expected = invert(pack, model, frames_per_batch=2)[2].latents
-    noted = model.model_options["model_function_wrapper"]
-
-    def cancel(run, told):
-        if len(seen) == 2:
-            comfy.model_management.interrupt_current_processing()
-        return noted(run, told)
-
-    stopping = model.clone()
-    stopping.set_model_unet_function_wrapper(cancel)
-    seen.clear()
-    with pytest.raises(comfy.model_management.InterruptProcessingException):
-        invert(pack, stopping, frames_per_batch=2)
-    assert len(seen) == 3
-    assert torch.equal(invert(pack, model, frames_per_batch=2)[2].latents, expected)
-
-
 # -------------------------------------------------------------------------------------------------------- trajectory
 
 
