@@ -19,6 +19,12 @@ OPTIONS = (
 SIZE = {"width": 1920, "height": 1080}
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Puts these tests last: from Playwright's first page on an event loop runs in this thread, and there is no second."""
+    items.sort(key=lambda item: item.path.is_relative_to(Path(__file__).parent))
+
+
 @pytest.fixture(scope="session")
 def chromium() -> str:
     """Path of the browser: $STEM_CHROMIUM, which then must exist, or one that is installed."""
