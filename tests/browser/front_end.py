@@ -190,8 +190,11 @@ class FrontEnd:
     def picture(self, node: int) -> np.ndarray:
         """The area in which a node shows its pictures or video, as it is on the page: rows, columns, RGB from 0 to 255."""
         self.show(node)
-        self.wait(PICTURE, node)
-        return self._seen(self.wait(PICTURE, node))
+        area, before = self.wait(PICTURE, node), None
+        while area != before:  # nodes move with the next drawing, and grow when a video's size is known
+            self.drawn()
+            area, before = self.wait(PICTURE, node), area
+        return self._seen(area)
 
     def body(self, node: int) -> np.ndarray:
         """The lower half of a node, where it has pictures when there are any."""

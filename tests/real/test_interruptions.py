@@ -50,6 +50,7 @@ def folders(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
+    comfy.model_management.unload_all_models()  # what other tests left there counts as memory, and may go at any time
     with torch.inference_mode():
         return tiny_model()
 
@@ -79,8 +80,9 @@ def living():
     """How many models, and how many bytes of tensors, there are."""
     gc.collect()
     found = [thing for thing in gc.get_objects() if issubclass(type(thing), (ModelPatcher, torch.Tensor))]
-    tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found if isinstance(t, torch.Tensor)}
-    return sum(isinstance(thing, ModelPatcher) for thing in found), sum(tensors.values())
+    dense = [thing for thing in found if isinstance(thing, torch.Tensor) and thing.layout is torch.strided]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in dense}
+    return sum(isinstance(thing, ModelPatcher) for thing in found), sum(storages.values())
 
 
 def files(folder):
