@@ -195,8 +195,8 @@ def place_fatezero(
     )
     own, cross = patch.self_attention, patch.cross_attention
     model = place_self_attention(model, layout, tuple(wide.union(settings.fused)), own, REMEDIES["attn1"])
-    place_cross_attention(model, looked_at.union(settings.fused), cross, REMEDIES["attn2"])
-    guard_attention(model, [own, cross], NODE, REMEDIES)
+    place_cross_attention(model, looked_at.union(settings.fused), cross, NODE, REMEDIES["attn2"])
+    guard_attention(model, lambda other: other is own or getattr(other, "patch", None) is cross, NODE, REMEDIES)
     if settings.joint_norm:
         place_joint_norms(model, frames)
     return model, patch

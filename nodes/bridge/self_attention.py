@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...stem.attention import all_frames, basis_context, first_previous, pool_tokens
@@ -18,7 +19,7 @@ from .frames import frames_of_call
 from .layout import Layout, block_of_call, slot_of
 from .naming import named_by
 from .record import RECORD
-from .slots import LEAVE_OUT, placed, refuse_others
+from .slots import GUARD, LEAVE_OUT, guard_attention, placed, refuse_others
 
 PERCENT_RANGE = (0.0, 1.0)
 
@@ -175,11 +176,15 @@ def patch_self_attention(
 
     Raises:
         ValueError: Another node's patch sits on one of the blocks: core has one place for each, and would drop one of the two.
+            Where it comes later, the sampler says so.
     """
     heads = {block.name: block.heads for block in layout.model.blocks if block.name in blocks}
     sampling = model.get_model_object("model_sampling")
     start, end = (float(sampling.percent_to_sigma(p)) for p in percent)
-    return place_self_attention(model, layout, blocks, SelfAttentionPatch(choice, heads, start, end, owner))
+    model = place_self_attention(model, layout, blocks, SelfAttentionPatch(choice, heads, start, end, owner))
+    if owner:
+        guard_attention(model, _is_ours, owner, {"attn1": LEAVE_OUT})
+    return model
 
 
 def place_self_attention(
@@ -200,8 +205,7 @@ def place_self_attention(
     """
     model = model.clone()
     slots = [slot for slot in layout.slots if slot in map(slot_of, blocks)]
-    ours = isinstance(patch, SelfAttentionPatch)
-    refuse_others(model, "attn1", slots, remedy, lambda other: ours and isinstance(other, SelfAttentionPatch))
+    refuse_others(model, "attn1", slots, remedy, lambda other: _is_ours(patch) and _is_ours(other))
     for slot in slots:
         left = any(slot_of(block.name) == slot and block.name not in blocks for block in layout.model.blocks)
         earlier = placed(model, "attn1").get(slot) if left else None
@@ -213,6 +217,11 @@ def without_own_patches(model: ModelPatcher) -> ModelPatcher:
     """A clone of the model without what `patch_self_attention` placed on it."""
     model = model.clone()
     patches = placed(model, "attn1")
-    for key in [key for key, patch in patches.items() if isinstance(patch, SelfAttentionPatch)]:
+    for key in [key for key, patch in patches.items() if _is_ours(patch)]:
         del patches[key]
+    model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, GUARD)
     return model
+
+
+def _is_ours(patch: object) -> bool:
+    return isinstance(patch, SelfAttentionPatch)

@@ -258,7 +258,7 @@ def patch_tokenflow(
     features = keyframe_memory(layout, block_scales(model.model.diffusion_model), blocks, keyframes, size, itemsize)
     patch = TokenFlowPatch(settings, frozenset(blocks))
     model = place_self_attention(model, layout, blocks, patch)
-    guard_attention(model, [patch], NODE, {"attn1": LEAVE_OUT})
+    guard_attention(model, lambda other: other is patch, NODE, {"attn1": LEAVE_OUT})
     others = model.model_options["transformer_options"].get("patches", {}).get("forward_timestep_embed_patch", [])
     if any(issubclass(ResBlock, kind) for kind, _ in others):
         raise ValueError(
