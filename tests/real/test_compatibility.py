@@ -394,7 +394,8 @@ def graph(pack):
         model, clip = tiny_model(), tiny_clip()
         prompts = {words: text(clip, words) for words in (SOURCE, TARGET, NEGATIVE)}
         latents, sigmas, trajectory, _ = invert(pack, model, prompts[SOURCE], method="ddim")
-    return Graph(pack, model, clip, prompts, trajectory, latents["samples"], sigmas)
+    yield Graph(pack, model, clip, prompts, trajectory, latents["samples"], sigmas)
+    torch.compiler.reset()
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from models import clip_latents, prompt, tiny_model
 
 STEPS, FRAMES = 3, 4
 EM = {"num_bases": 6, "em_iterations": 2, "temperature": 0.1, "seed": 4, "blocks": "all"}
+TENSORS = (torch.Tensor, torch.nn.Parameter)  # not those of a compiler, which have no memory
 CANCELLED = comfy.model_management.InterruptProcessingException
 
 
@@ -79,8 +80,8 @@ def state(model):
 def living():
     """How many models, and how many bytes of tensors, there are."""
     gc.collect()
-    found = [thing for thing in gc.get_objects() if issubclass(type(thing), (ModelPatcher, torch.Tensor))]
-    dense = [thing for thing in found if isinstance(thing, torch.Tensor) and thing.layout is torch.strided]
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), ModelPatcher) or type(thing) in TENSORS]
+    dense = [thing for thing in found if type(thing) in TENSORS and thing.layout is torch.strided and thing.is_cpu]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in dense}
     return sum(isinstance(thing, ModelPatcher) for thing in found), sum(storages.values())
 
