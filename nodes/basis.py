@@ -12,6 +12,7 @@ from .bridge.self_attention import EstimatedBases
 from .settings import (
     CATEGORY,
     blocks_input,
+    check_numbers,
     em_iterations_input,
     named,
     num_bases_input,
@@ -74,6 +75,7 @@ class STEMBasisEstimate(io.ComfyNode):
         cls, model, latents, positive, steps, num_bases, em_iterations, keyframes, seed, temperature, blocks, warm_iterations=0
     ) -> io.NodeOutput:
         with named(cls):
+            check_numbers(temperature=temperature)
             layout = read_layout(model)
             samples = checked_latents(latents, model)
             frames = len(samples)

@@ -9,8 +9,9 @@ from .bridge.fatezero import FateZeroSettings
 from .bridge.fatezero_passes import patch_fatezero
 from .bridge.layout import choose_blocks, read_layout
 from .bridge.mask_preview import preview_mask
+from .bridge.naming import naming, shown
 from .bridge.prompts import Prompt, places, read_prompt, same_conditioning
-from .settings import CATEGORY, blocks_input, named
+from .settings import CATEGORY, blocks_input, check_numbers, named
 from .types import StemTrajectory
 
 FUSED = "input_4-8, middle, output_0-8"  # output 0 to 2 have attention in SDXL alone
@@ -141,6 +142,7 @@ class STEMFateZero(io.ComfyNode):
         blend_threshold, blend_latents, context, min_channels, joint_norm, blocks, blend_timing,
     ) -> io.NodeOutput:  # fmt: skip
         with named(cls):
+            check_numbers(cross_until=cross_until, self_until=self_until, blend_threshold=blend_threshold)
             layout = read_layout(model)
             fused = choose_blocks(layout, blocks)
             source = read_prompt(clip, source_prompt, "source_prompt")
@@ -175,8 +177,8 @@ def _check_source(source: Prompt, conditioning: list) -> None:
         )
     if not same_conditioning(conditioning[0][0], source.conditioning):
         raise ValueError(
-            f'source_prompt "{source.text}" is not what the clip was inverted with. Give the same words, encoded by the same '
-            "CLIP."
+            f"source_prompt {shown(source.text)} is not what the clip was inverted with. Give the same words, encoded by the "
+            "same CLIP."
         )
 
 
@@ -201,9 +203,10 @@ def _weighted(alignment: Alignment, reweight: str, target: Prompt) -> Alignment:
             colon = ""
         if not colon or not word.strip() or not torch.tensor(value).isfinite():
             raise ValueError(
-                f'reweight has "{part.strip()}"; write a word of the target prompt and a number, as in "watercolor: 10".'
+                f'reweight has {shown(part)}; write a word of the target prompt and a number, as in "watercolor: 10".'
             )
-        weights[places(target, word, "target_prompt")] = value
+        with naming("reweight"):
+            weights[places(target, word, "target_prompt")] = value
     return reweighted(alignment, weights)
 
 
@@ -215,7 +218,8 @@ def _blend_words(blend_words: str, source: Prompt, target: Prompt, both: bool) -
         raise ValueError(
             'blend_latents needs words of the target prompt too. Write blend_words as "silver jeep | porsche car".'
         )
-    return tuple(places(source, of_source, "source_prompt")), tuple(places(target, of_target, "target_prompt"))
+    with naming("blend_words"):
+        return tuple(places(source, of_source, "source_prompt")), tuple(places(target, of_target, "target_prompt"))
 
 
 NODES = [STEMFateZero]

@@ -13,6 +13,7 @@ from .bridge.self_attention import EstimatedBases, FixedBases, every_frame, firs
 from .settings import (
     CATEGORY,
     blocks_input,
+    check_numbers,
     em_iterations_input,
     frames_per_batch_input,
     frames_per_em_input,
@@ -138,6 +139,7 @@ class STEMInvertLatents(io.ComfyNode):
         resume="",
     ) -> io.NodeOutput:
         with named(cls):
+            check_numbers(temperature=temperature)
             layout = read_layout(model)
             samples = checked_latents(latents, model)
             names = choose_blocks(layout, blocks)

@@ -10,6 +10,7 @@ from .bridge.self_attention import EstimatedBases, FixedBases, patch_self_attent
 from .settings import (
     CATEGORY,
     blocks_input,
+    check_numbers,
     em_iterations_input,
     named,
     num_bases_input,
@@ -77,6 +78,7 @@ class STEMPatchModel(io.ComfyNode):
         cls, model, num_bases, em_iterations, seed, start_percent, end_percent, temperature, blocks, basis=None
     ) -> io.NodeOutput:
         with named(cls):
+            check_numbers(start_percent=start_percent, end_percent=end_percent, temperature=temperature)
             if start_percent >= end_percent:
                 raise ValueError(
                     f"start_percent {start_percent:g} is not below end_percent {end_percent:g}, so the patch would never act. "

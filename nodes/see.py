@@ -10,7 +10,7 @@ from ..stem.trajectory import check_trajectory
 from .bridge.basis_view import chosen_level, view_basis
 from .bridge.layout import choose_block, read_layout
 from .bridge.progress import per_frame
-from .settings import CATEGORY, named
+from .settings import CATEGORY, check_numbers, checked_images, named
 from .types import StemBasis, StemTrajectory
 
 SEE = f"{CATEGORY}/see"
@@ -76,6 +76,8 @@ class STEMBasisPreview(io.ComfyNode):
     @classmethod
     def execute(cls, model, basis, trajectory, images, block, noise_level, opacity, head) -> io.NodeOutput:
         with named(cls):
+            check_numbers(noise_level=noise_level, opacity=opacity)
+            images = checked_images("images", images)
             layout = read_layout(model)
             check_trajectory(trajectory, layout.model)
             chosen = choose_block(layout, block)
@@ -92,7 +94,7 @@ class STEMBasisPreview(io.ComfyNode):
                     "inverted, all of them."
                 )
             level = chosen_level(trajectory, noise_level)
-            view = view_basis(model, layout, basis, trajectory, images[..., :3], chosen, head, level, opacity)
+            view = view_basis(model, layout, basis, trajectory, images, chosen, head, level, opacity)
         return io.NodeOutput(view.images, basis_chart(view.figures, view.colours), basis_text(view.figures))
 
 
@@ -126,7 +128,8 @@ class STEMInversionReport(io.ComfyNode):
     @classmethod
     def execute(cls, trajectory, source, reconstruction) -> io.NodeOutput:
         with named(cls):
-            source, reconstruction = (images[..., :3].float() for images in (source, reconstruction))
+            source = checked_images("source", source)
+            reconstruction = checked_images("reconstruction", reconstruction)
             check_clips(trajectory, source, reconstruction)
             figures = measure(trajectory, source, reconstruction, per_frame(2 * len(source) - 1 + len(trajectory.sigmas)))
         return io.NodeOutput(inversion_chart(figures), inversion_text(figures))
@@ -177,10 +180,15 @@ class STEMCompareVideos(io.ComfyNode):
     def execute(
         cls, images_1, images_2, label_1, label_2, label_3, label_4, columns, images_3=None, images_4=None
     ) -> io.NodeOutput:
-        pairs = zip((images_1, images_2, images_3, images_4), (label_1, label_2, label_3, label_4), strict=True)
-        clips, labels = zip(*((clip, label) for clip, label in pairs if clip is not None), strict=True)
-        frames = max(len(clip) for clip in clips)
         with named(cls):
+            given = zip((images_1, images_2, images_3, images_4), (label_1, label_2, label_3, label_4), strict=True)
+            pairs = [
+                (checked_images(f"images_{number}", clip), label)
+                for number, (clip, label) in enumerate(given, 1)
+                if clip is not None
+            ]
+            clips, labels = zip(*pairs, strict=True)
+            frames = max(map(len, clips))
             return io.NodeOutput(compare_clips(clips, labels, columns, per_frame(frames)))
 
 

@@ -1,8 +1,10 @@
 """Inputs that several nodes have in common, and the check that names the node in an error."""
 
+import math
 from contextlib import AbstractContextManager
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from .bridge.naming import named_by
 
@@ -12,6 +14,33 @@ CATEGORY = "video/STEM"
 def named(node: type[io.ComfyNode]) -> AbstractContextManager[None]:
     """Puts the node's id in front of an error about its inputs."""
     return named_by(node.define_schema().node_id)
+
+
+def check_numbers(**widgets: float) -> None:
+    """
+    Raises:
+        ValueError: A widget of this name is no number. ComfyUI's own check of its limits lets that pass.
+    """
+    for name, value in widgets.items():
+        if math.isnan(value):
+            raise ValueError(f"{name} is {value}. Give a number.")
+
+
+def checked_images(name: str, images: Tensor) -> Tensor:
+    """The colours (f, height, width, 3) of an IMAGE, 0 to 1, in float32.
+
+    Raises:
+        ValueError: The input of this name holds something else; says what.
+    """
+    if images.ndim != 4 or 0 in images.shape or images.shape[-1] < 3 or not images.is_floating_point():
+        raise ValueError(
+            f"{name} has the shape {tuple(images.shape)} and the type {str(images.dtype).removeprefix('torch.')}, needed are "
+            "frames (frames, height, width, 3) of numbers from 0 to 1. Connect the frames of a clip."
+        )
+    images = images[..., :3].float()
+    if not images.isfinite().all():
+        raise ValueError(f"{name} has pixels that are no numbers. Look at what makes these frames, such as a VAE in float16.")
+    return images.clamp(0, 1)
 
 
 def steps_input() -> io.Int.Input:

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from .bridge.layout import choose_blocks, read_layout
 from .bridge.tokenflow import TokenFlowSettings, patch_tokenflow
-from .settings import CATEGORY, blocks_input, named
+from .settings import CATEGORY, blocks_input, check_numbers, named
 from .types import StemTrajectory
 
 MODES = ["pnp", "sdedit", "pnp_per_frame"]
@@ -99,6 +99,7 @@ class STEMTokenFlow(io.ComfyNode):
         cls, model, trajectory, mode, keyframe_every, qk_until, conv_until, seed, blocks, blend, keyframes
     ) -> io.NodeOutput:
         with named(cls):
+            check_numbers(qk_until=qk_until, conv_until=conv_until)
             layout = read_layout(model)
             settings = TokenFlowSettings(mode, keyframe_every, qk_until, conv_until, seed, blend, keyframes)
             return io.NodeOutput(patch_tokenflow(model, layout, choose_blocks(layout, blocks), trajectory, settings))

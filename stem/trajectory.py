@@ -35,8 +35,18 @@ def steps_above(trajectory: Trajectory, sigma: float) -> int:
 
 
 def latents_at(trajectory: Trajectory, level: int) -> Tensor:
-    """Latents (f, c, height, width) of one recorded level, float32 on the CPU."""
-    return trajectory.latents[level].float()
+    """Latents (f, c, height, width) of one recorded level, float32 on the CPU.
+
+    Raises:
+        ValueError: Some of them are no finite numbers, as an editor would spread over the clip.
+    """
+    latents = trajectory.latents[level].float()
+    if not latents.isfinite().all():
+        raise ValueError(
+            f"the trajectory's latents at sigma {float(trajectory.sigmas[level]):.4g} are no finite numbers; invert the clip "
+            "again."
+        )
+    return latents
 
 
 def latents_between(trajectory: Trajectory, sigma: float | Tensor) -> Tensor:
@@ -46,7 +56,7 @@ def latents_between(trajectory: Trajectory, sigma: float | Tensor) -> Tensor:
     the first level, where sampling may end, it goes on in the first direction.
 
     Raises:
-        ValueError: sigma above the last level.
+        ValueError: sigma above the last level, or latents that are no finite numbers.
     """
     sigmas, sigma = trajectory.sigmas, float(sigma)
     if sigma > float(sigmas[-1]) * 1.001:

@@ -8,9 +8,29 @@ from typing import Any
 import torch
 from comfy.conds import CONDConstant, CONDRegular
 from comfy.controlnet import ControlBase
+from comfy.ldm.modules.attention import BasicTransformerBlock
+from comfy.model_patcher import ModelPatcher
 
 CYCLIC = ("pooled_output", "mask")
 """Options of which core takes one row for each frame, beside the prompt itself."""
+
+
+def check_prompt(positive: list, model: ModelPatcher) -> None:
+    """Whether a model can read a prompt.
+
+    Raises:
+        ValueError: It is empty, or has tokens of another width than the model's cross-attention reads.
+    """
+    if not positive:
+        raise ValueError("positive is an empty conditioning. Connect the prompt that describes the source clip.")
+    blocks = (each for each in model.model.diffusion_model.modules() if isinstance(each, BasicTransformerBlock))
+    width = next(block.attn2.to_k.in_features for block in blocks if block.attn2 is not None)
+    for text, _ in positive:
+        if text.ndim != 3 or 0 in text.shape or text.shape[-1] != width:
+            raise ValueError(
+                f"positive has the shape {tuple(text.shape)}, this model reads tokens of {width} numbers (1, tokens, {width}). "
+                "Encode the prompt with the CLIP of this checkpoint."
+            )
 
 
 def select_frames(conditioning: list, ids: list[int], frames: int) -> list:

@@ -22,6 +22,7 @@ from .joint_norm import place_joint_norms
 from .latent_blend import Blend, place_latent_blend
 from .layout import Layout, block_scales, slot_of
 from .memory import announce_memory
+from .naming import named_by
 from .prompts import same_conditioning
 from .self_attention import place_self_attention
 from .slots import LEAVE_OUT, guard_attention, place_cross_attention
@@ -74,7 +75,8 @@ class Passes:
             if run.kept.source is None or run.kept.source.sigma != sigma:
                 run.kept.source = None  # before there is another
                 now.source = Source(sigma)
-                seen = seen_by_the_inversion(run.trajectory, sigma, x_in)
+                with named_by(NODE):
+                    seen = seen_by_the_inversion(run.trajectory, sigma, x_in)
                 throw_exception_if_processing_interrupted()
                 executor(model, [run.prompt(sigma)], seen, timestep, told, *args, **kwargs)
                 self._check_source(now)

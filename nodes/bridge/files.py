@@ -24,6 +24,9 @@ INVERSION, BASIS = ".stem.safetensors", ".stem-basis.safetensors"
 
 FOLDERS = {"output": folder_paths.get_output_directory, "input": folder_paths.get_input_directory}
 
+LONGEST, LONGEST_PART = 200, 150
+"""Of a prefix: letters, and bytes between slashes; disks take 255, and numbers and endings come behind it."""
+
 REMEDIES = {
     "control": "Invert with the prompt alone, and put the ControlNet on the edit's prompt only.",
     "hooks": "Invert with a prompt without hooks, and put them on the edit's prompt only.",
@@ -54,6 +57,8 @@ def saved_file(file: str, ending: str) -> Path:
     Raises:
         ValueError: There is no such file in the output or input folder, or it is of another kind.
     """
+    if not isinstance(file, str):
+        raise ValueError(f"file is {quoted(file)}, and no name. Choose one of the list.")
     name, folder = folder_paths.annotated_filepath(file)
     if folder not in (None, *(each() for each in FOLDERS.values())) or not name.endswith(ending):
         raise ValueError(
@@ -83,6 +88,11 @@ def save_parts(parts: Parts, prefix: str, ending: str, described: Mapping[str, s
         raise ValueError(
             f"filename_prefix {quoted(prefix)} is no name in ComfyUI's output folder. Choose one such as "
             f'"stem/{parts.metadata["stem.kind"]}".'
+        )
+    if len(prefix) > LONGEST or any(len(part.encode()) > LONGEST_PART for part in asked.parts):
+        raise ValueError(
+            f"filename_prefix {quoted(prefix)} is too long. Take at most {LONGEST} letters, and {LONGEST_PART} bytes "
+            "between slashes."
         )
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root)
     size = sum(tensor.dtype.itemsize * tensor.shape.numel() for tensor in parts.tensors.values())

@@ -22,6 +22,7 @@ from ...stem.level_files import LevelFiles, Levels
 from ...stem.trajectory import InversionSettings, Trajectory
 from .batches import Batches, plan_batches
 from .companion import editor_on
+from .conditioning import check_prompt
 from .layout import Layout
 from .memory import block_memory, context_memory, withdraw
 from .progress import Progress
@@ -51,9 +52,11 @@ def checked_latents(latents: dict[str, Any], model: ModelPatcher) -> Tensor:
     """The samples (f, c, height, width) of a LATENT.
 
     Raises:
-        ValueError: A video model's latents, no frames, or channels of another model family.
+        ValueError: No LATENT, a video model's, no frames, channels of another model family, or what is no number.
     """
-    samples = latents["samples"]
+    samples = latents.get("samples") if isinstance(latents, dict) else None
+    if not isinstance(samples, Tensor):
+        raise ValueError("latents hold no samples. Connect the encoded frames of a clip.")
     needed = model.model.latent_format.latent_channels
     if samples.ndim != 4:
         raise ValueError(
@@ -65,6 +68,11 @@ def checked_latents(latents: dict[str, Any], model: ModelPatcher) -> Tensor:
     if samples.shape[1] != needed:
         raise ValueError(
             f"latents have {samples.shape[1]} channels, this model needs {needed}. Encode the frames with the model's own VAE."
+        )
+    if not samples.isfinite().all():
+        raise ValueError(
+            "latents have places that are no finite numbers. Look at what makes them: a VAE that overflows in float16 runs in "
+            "float32 with ComfyUI's option --fp32-vae."
         )
     return samples
 
@@ -100,11 +108,10 @@ def invert(
         resume: Where levels are kept until the run is complete, and where an earlier run may have left some.
 
     Raises:
-        ValueError: No conditioning, one that leaves levels or parts of the picture out, hooks that change over the
-            sampling, an editor on the model, or steps out of range.
+        ValueError: No conditioning, one of another model, one that leaves levels or parts of the picture out, hooks that
+            change over the sampling, an editor on the model, steps out of range, or a model that gives what is no number.
     """
-    if not positive:
-        raise ValueError("positive is an empty conditioning. Connect the prompt that describes the source clip.")
+    check_prompt(positive, model)
     _refuse_scheduled_hooks(positive)
     if (editor := editor_on(model)) is not None:
         raise ValueError(f"{editor} is on this model, and edits along an inversion. Connect the model from before that node.")
@@ -211,6 +218,11 @@ def climb(
                 "outside its masks or areas a prompt too, for the same timesteps."
             )
         x = inversion_update(x, denoised, source, destination)
+        if not x.isfinite().all():
+            raise ValueError(
+                f"at sigma {float(destination):.4g} the model gave what is no finite number. Look at its prompt, masks and "
+                "other nodes on it; a model that overflows in float16 runs in float32 with ComfyUI's option --force-fp32."
+            )
         path[i + 1] = x
         if resume:
             resume.keep(record, i + 1, x)

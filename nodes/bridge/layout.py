@@ -10,6 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.model_sampling import V_PREDICTION, X0, ModelSamplingDiscrete
 
 from ...stem.basis import BlockLayout, ModelFingerprint
+from .naming import shown
 
 SIDES = ("input", "middle", "output")
 FITTING = "Use a checkpoint of SD1.x, SD2.x or SDXL."
@@ -125,7 +126,7 @@ def choose_blocks(layout: Layout, choice: str) -> tuple[str, ...]:
         else:
             found = {n for n in names if n == part or n.startswith(f"{part}_") or (n.count("_") == 1 and f"{n}_0" == part)}
         if not found:
-            raise ValueError(f'blocks names "{part}", which this model does not have. It has: {", ".join(names)}.')
+            raise ValueError(f"blocks names {shown(part)}, which this model does not have. It has: {', '.join(names)}.")
         chosen |= found
     if not chosen:
         raise ValueError('blocks is empty. Write "all", or names such as "output" or "output_4-8".')
@@ -145,7 +146,7 @@ def choose_block(layout: Layout, choice: str) -> BlockLayout:
         chosen = ()
     if len(chosen) != 1:
         found = f"stands for {len(chosen)} blocks" if chosen else "is none of this model's blocks"
-        raise ValueError(f'block "{choice}" {found}. Choose one of {", ".join(names)}.')
+        raise ValueError(f"block {shown(choice)} {found}. Choose one of {', '.join(names)}.")
     return layout.model.blocks[names.index(chosen[0])]
 
 

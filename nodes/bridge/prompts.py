@@ -7,6 +7,7 @@ import torch
 from comfy.sd1_clip import escape_important, token_weights, unescape_important
 
 from ...stem.fatezero import LENGTH
+from .naming import shown
 
 MARKS = ".,;:!?"  # after a word; they have tokens of their own
 
@@ -72,11 +73,11 @@ def places(prompt: Prompt, phrase: str, name: str) -> list[int]:
     """
     found = []
     if phrase.split() and prompt.glued:
-        raise ValueError(f'the words of {name} cannot be told apart: "{prompt.text}". Put spaces between them.')
+        raise ValueError(f"the words of {name} cannot be told apart: {shown(prompt.text)}. Put spaces between them.")
     for wanted in phrase.split():
         hits = [word for word in prompt.words if bare(word.text).lower() == bare(wanted).lower()]
         if not hits:
-            raise ValueError(f'"{wanted}" is not a word of {name}: "{prompt.text}". Write a word as it stands there.')
+            raise ValueError(f"{shown(wanted)} is not a word of {name}: {shown(prompt.text)}. Write a word as it stands there.")
         found += [place for word in hits for place in range(word.start, word.start + word.own)]
     return sorted(set(found))
 

@@ -112,7 +112,10 @@ class FixedBases:
     basis: Basis
 
     def __call__(self, k: Tensor, v: Tensor, call: Call) -> Iterator[Context]:
-        mu, nu = (w.to(k) for w in bases_at(self.basis, call.block, call.sigma))
+        bases = bases_at(self.basis, call.block, call.sigma)
+        if not all(w.isfinite().all() for w in bases):
+            raise ValueError(f"the basis of block {call.block} is no finite number. Estimate it again.")
+        mu, nu = (w.to(k) for w in bases)
         yield Context(len(k), basis_context(mu, 1), basis_context(nu, 1))
 
 

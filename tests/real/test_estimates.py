@@ -25,6 +25,14 @@ def test_a_frame_at_a_time_does_not_grow_with_the_clip_and_all_together_do(sd15)
     assert sd15[8][one] == sd15[16][one] < sd15[8][together] < sd15[16][together]
 
 
+def test_ten_thousand_frames_are_estimated(sd15, pack):
+    """And not run: a frame at a time takes what it always takes, all others what their frames take."""
+    long = estimates.estimate(pack, estimates.FAMILIES["SD1.5, 512 x 512"], 10_000, CUDA)
+    one, together = "inversion with a fixed basis, or ddim: a frame at a time", "inversion, all frames together"
+    assert long[one] == sd15[16][one]
+    assert 600 < (long[together] - long[one]) / (sd15[16][together] - sd15[16][one]) < 700  # 9,999 frames against 15
+
+
 def test_queries_and_keys_for_fatezero_are_counted_as_its_equation_says(sd15, pack):
     """Beside a call of all frames: queries of self- and cross-attention, the middle frame's keys, the prompt's keys."""
     frames, blocks = 8, {32: (2, 3, 640), 16: (2, 3, 1280), 8: (0, 1, 1280)}  # size: blocks down, up or middle, channels
